@@ -1,0 +1,60 @@
+"""torchax: PyTorch programs on JAX.
+
+Importing it makes device ``"jax"`` known to PyTorch::
+
+    import torch, torchax
+    x = torch.randn(4, 784, device="jax")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import errors
+from .config import config
+from .tensor import Tensor
+from ._execute import strict as _strict
+from . import _backend
+
+_backend.install()
+
+from . import amp, convert, device, dtypes, hookspecs, ops, plugins, random  # noqa: E402
+from .convert import from_dlpack  # noqa: E402
+from .environment import (  # noqa: E402
+    default_env,
+    disable_globally,
+    enable_accuracy_mode,
+    enable_globally,
+    enable_performance_mode,
+)
+from .random import Generator  # noqa: E402
+
+plugins.load_entry_points()
+_backend.register_kernels()
+
+__version__ = "0.1.0"
+
+# Names that live in torchax-interop, loaded on first use.
+_INTEROP = ("compile", "extract_jax", "interop", "load_checkpoint", "save_checkpoint", "train", "flax", "export", "mesh_util", "view")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _INTEROP:
+        raise AttributeError(f"module 'torchax' has no attribute {name!r}")
+    import importlib
+
+    if name == "interop":
+        return importlib.import_module("torchax.interop")
+    interop = importlib.import_module("torchax.interop")
+    return getattr(interop, name)
+
+
+if TYPE_CHECKING:
+    from . import interop
+    from .interop import compile, extract_jax, load_checkpoint, save_checkpoint
+
+__all__ = [
+    "Generator", "Tensor", "amp", "compile", "config", "convert", "default_env", "device", "disable_globally", "dtypes",
+    "enable_accuracy_mode", "enable_globally", "enable_performance_mode", "errors", "extract_jax", "from_dlpack", "hookspecs",
+    "interop", "load_checkpoint", "ops", "plugins", "random", "save_checkpoint",
+]  # fmt: skip

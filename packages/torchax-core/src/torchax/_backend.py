@@ -1,0 +1,148 @@
+"""The device ``jax`` itself: all that touches torch's internals.
+
+Python knows the device as ``jax`` (torch's privateuse1, renamed); the tensors' own C++ device is ``lazy``. So
+factories and composite kernels are registered for both keys.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.optimizer import _foreach_supported_types
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from . import _loading, amp, device
+from ._dispatch import RULES
+from ._registry import REGISTRY
+from ._whole import whole_kernel
+from .tensor import Tensor
+
+_KEYS = ("PrivateUse1", "Lazy")
+_libraries: list[torch.library.Library] = []
+_autograd: torch.library.Library | None = None
+_registered: set[str] = set()
+_CORE_FACTORIES = ("aten::empty.memory_format", "aten::empty_strided")
+
+
+def install() -> None:
+    """Make the device known to torch; once per process."""
+    global _autograd
+    if _libraries:
+        return
+    _setup_privateuseone_for_python_backend("jax", backend_module=device)
+    sys.modules.setdefault("torch.jax", device)
+    torch.jax = device  # type: ignore[attr-defined]
+    _libraries.extend(torch.library.Library("aten", "IMPL", key) for key in _KEYS)
+    _autograd = torch.library.Library("aten", "IMPL", "AutogradLazy")
+    for name in _CORE_FACTORIES:
+        _register_factory(name)
+    _libraries[1].impl("_efficientzerotensor", _efficient_zeros)
+    amp.install()
+    _loading.install()
+    torch.nn.Module._apply = _apply  # type: ignore[method-assign]
+    if Tensor not in _foreach_supported_types:
+        _foreach_supported_types.append(Tensor)
+
+
+def register_kernels() -> None:
+    """Kernels for what `__torch_dispatch__` does not see by itself: factories, and composite ops kept whole."""
+    for entry in REGISTRY.all():
+        if entry.op in _registered:
+            continue
+        if entry.whole:
+            _registered.add(entry.op)
+            if _autograd is not None and entry.op.startswith("aten::"):
+                _autograd.impl(entry.op.removeprefix("aten::"), whole_kernel(_overload(entry.op)))
+        elif entry.kind in ("functional", "stateful", "dynamic"):
+            _register_if_factory(entry.op)
+
+
+def _overload(name: str) -> Any:
+    namespace, rest = name.split("::")
+    packet, _, overload = rest.partition(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+
+
+def _register_if_factory(name: str) -> None:
+    schema = torch._C._get_schema(*_split(name)) if _exists(name) else None
+    if schema is None:
+        return
+    takes_tensor = any("Tensor" in str(a.type) for a in schema.arguments)
+    if not takes_tensor and any(a.name == "device" for a in schema.arguments):
+        _register_factory(name)
+
+
+def _split(name: str) -> tuple[str, str]:
+    packet, _, overload = name.partition(".")
+    return packet, overload
+
+
+def _exists(name: str) -> bool:
+    packet, overload = _split(name)
+    try:
+        torch._C._get_schema(packet, overload)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _register_factory(name: str) -> None:
+    if name in _registered:
+        return
+    _registered.add(name)
+    op = _overload(name)
+
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        return RULES[op](args, kwargs)
+
+    for library in _libraries:
+        library.impl(name.removeprefix("aten::"), factory)
+
+
+def _efficient_zeros(size: Any, **kwargs: Any) -> torch.Tensor:
+    """Forward-mode AD asks for it; a tensor of zeros does."""
+    return RULES[torch.ops.aten.empty.memory_format]((size,), {"dtype": kwargs.get("dtype")})
+
+
+# ---------------------------------------------------------------------- Module.to
+# torch makes a new Parameter for every name when a conversion changes the kind of tensor: tied weights come apart and optimizers keep
+# the old ones. So: keep the object where torch can swap it (it cannot while a graph holds it), and the tie in any case.
+_torch_apply: Callable[..., Any] = torch.nn.Module._apply
+_moving = threading.local()
+
+
+def _apply(self: torch.nn.Module, fn: Callable[..., Any], recurse: bool = True) -> torch.nn.Module:
+    before = {name: p for name, p in self._parameters.items() if p is not None}
+    outermost = not hasattr(_moving, "seen")
+    if outermost:
+        _moving.seen = {}
+    seen = _moving.seen
+    try:
+        for name in [n for n, p in before.items() if id(p) in seen]:
+            self._parameters[name] = None  # moved already, under another name
+        try:
+            result = _torch_apply(self, fn, recurse)
+        finally:
+            for name, old in before.items():
+                if id(old) in seen:
+                    self._parameters[name] = seen[id(old)][1]
+        for name, old in before.items():
+            new = self._parameters[name]
+            if id(old) in seen or new is None:
+                continue
+            if new is not old and type(new) is not type(old):
+                try:
+                    torch.utils.swap_tensors(old, new)
+                    new = old
+                except RuntimeError:
+                    pass
+                self._parameters[name] = new
+            seen[id(old)] = (old, new)
+        return result
+    finally:
+        if outermost:
+            del _moving.seen

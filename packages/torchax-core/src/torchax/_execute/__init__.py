@@ -1,0 +1,104 @@
+"""How a lowering is run, and who reads and writes a storage's payload: one interface, several ways behind it.
+
+`strict` runs each op as a compiled program of its own; `traced` runs lowerings inside one function that JAX traces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from .._storage import Storage
+    from ..tensor import Tensor
+
+
+class Program:
+    """A function over arrays, and its compiled form.
+
+    Attributes:
+        fn: the function; called directly while tracing.
+        name: the op, for messages.
+        wide: 64-bit values or Python numbers take part: it must run in JAX's 64-bit mode.
+        placement: the device for a program without array operands, where it is not the default one.
+    """
+
+    __slots__ = ("_jitted", "fn", "name", "placement", "wide")
+
+    def __init__(self, fn: Callable[..., Any], name: str, wide: bool = True, placement: jax.Device | None = None):
+        self.fn, self.name, self.wide, self.placement = fn, name, wide, placement
+        self._jitted: Any = None
+
+    @property
+    def jitted(self) -> Callable[..., Any]:
+        """The compiled form. Its results never share a buffer with its operands (a later donation would free both)."""
+        if self._jitted is None:
+            fn = self.fn
+
+            def run(*operands: Any) -> Any:
+                out = fn(*operands)
+                taken = {id(o) for o in operands}
+                return jax.tree.map(lambda x: jnp.copy(x) if id(x) in taken else x, out)
+
+            run.__name__ = self.name.replace("::", "_").replace(".", "_")  # shows in profiles and HLO
+            self._jitted = jax.jit(run)
+        return self._jitted
+
+
+class Executor(Protocol):
+    """A way to run lowerings. `owner` is what new storages belong to (None when their values outlive everything)."""
+
+    owner: Any
+
+    def run(self, program: Program, operands: Sequence[Any]) -> Any:
+        """Run `program` on operands: Tensors, numbers, numpy arrays. Gives its raw results."""
+        ...
+
+    def read(self, tensor: Tensor) -> Any:
+        """The tensor's value, through its view."""
+        ...
+
+    def write(self, tensor: Tensor, value: Any) -> None:
+        """Make `value` (of the tensor's shape and dtype) the tensor's value, through its view."""
+        ...
+
+    def load(self, storage: Storage) -> Any:
+        """The storage's payload."""
+        ...
+
+    def store(self, storage: Storage, value: Any) -> None:
+        """Replace the storage's payload."""
+        ...
+
+
+class _State(threading.local):
+    executor: Any = None  # set by strict.py at class level, so that every thread starts with it
+
+
+state = _State()
+
+
+@contextlib.contextmanager
+def executing(executor: Executor) -> Iterator[None]:
+    """Within, this thread runs its ops through `executor`."""
+    previous = state.executor
+    state.executor = executor
+    try:
+        yield
+    finally:
+        state.executor = previous
+
+
+def set_default(executor: Executor) -> None:
+    """Make `executor` what every thread starts with (and this one uses, unless it is tracing)."""
+    _State.executor = executor
+
+
+def is_tracing() -> bool:
+    """Whether this thread is tracing a function into a program."""
+    return state.executor.owner is not None

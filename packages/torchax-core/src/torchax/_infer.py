@@ -1,0 +1,95 @@
+"""Output metadata, and torch's own errors, from the op itself: run on ``meta`` tensors, once per signature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from ._storage import TensorMeta, dense_meta, meta_of
+from .tensor import Tensor
+
+_CPU_COPY_LIMIT = 1 << 16  # elements; a written operand larger than this is not allocated just to word an error
+
+
+class NoMeta(Exception):
+    """torch cannot tell the op's metadata without running it."""
+
+
+def infer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int, fresh: bool = False) -> Any:
+    """What `func` gives on tensors of this metadata: the same nest, with a `TensorMeta` for each tensor.
+
+    Args:
+        func: the op.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        index: device of the results.
+        fresh: the op changes its operands, so they must not be the cached ones.
+
+    Raises:
+        NoMeta: the op has no meta kernel, or its shape depends on values.
+        Exception: what CPU torch raises for these arguments.
+    """
+
+    def on_meta(x: Any) -> Any:
+        if type(x) is Tensor:
+            return x._m.fresh_on_meta() if fresh else x._m.on_meta()
+        if isinstance(x, torch.Tensor):
+            return x if x.dim() == 0 else x.to("meta")
+        if isinstance(x, torch.device):
+            return torch.device("meta")
+        return None if isinstance(x, torch.Generator) else x
+
+    margs, mkwargs = tree_map(on_meta, args), tree_map(on_meta, kwargs)
+    try:
+        with torch.no_grad():
+            out = func(*margs, **mkwargs)
+    except (NotImplementedError, torch._subclasses.fake_tensor.DynamicOutputShapeException) as error:
+        raise NoMeta(str(error)) from None
+    except Exception as error:
+        raise (_cpu_error(func, args, kwargs) or error) from None
+    return tree_map(lambda m: _describe(m, index) if isinstance(m, torch.Tensor) else m, out)
+
+
+def _describe(m: torch.Tensor, index: int) -> TensorMeta:
+    return meta_of(tuple(m.shape), tuple(m.stride()), m.dtype, index)
+
+
+def _cpu_error(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
+    """What CPU torch says: the op on CPU tensors of the same metadata that hold one expanded element."""
+    written = {id(a) for a, s in zip(args, func._schema.arguments, strict=False) if s.alias_info is not None and s.alias_info.is_write}
+
+    def on_cpu(x: Any) -> Any:
+        if type(x) is Tensor:
+            if id(x) in written:
+                if math.prod(x._m.shape) > _CPU_COPY_LIMIT:
+                    raise MemoryError
+                return torch.zeros(x._m.shape, dtype=x._m.dtype)
+            return torch.zeros((), dtype=x._m.dtype).expand(x._m.shape)
+        if isinstance(x, torch.device):
+            return torch.device("cpu")
+        return x
+
+    try:
+        with torch.no_grad():
+            func(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
+    except MemoryError:
+        return None
+    except Exception as error:
+        return error
+    return None
+
+
+def infer_by_shape(run: Callable[..., Any], operands: list[Any], index: int) -> Any:
+    """For ops without a meta kernel: shapes and dtypes of the lowering itself, row-major strides."""
+    import jax
+
+    from . import dtypes
+
+    shapes = [jax.ShapeDtypeStruct(o._m.shape, o._m.jax_dtype) if type(o) is Tensor else o for o in operands]
+    with jax.enable_x64(True):
+        out = jax.eval_shape(run, *shapes)
+    return jax.tree.map(lambda s: dense_meta(tuple(s.shape), dtypes.to_torch(s.dtype), index), out)

@@ -1,0 +1,76 @@
+"""Deep copies and pickles. Tensors that share a storage still share one afterwards, as on CPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from . import convert
+from ._storage import Storage, meta_of
+from ._views import strided_view
+from .tensor import Tensor, make
+
+
+def deepcopy(t: Tensor, memo: dict[int, Any]) -> Tensor:
+    """`copy.deepcopy` of a leaf tensor; gradients and attributes come along."""
+    if id(t) in memo:
+        return memo[id(t)]
+    if not t.is_leaf:
+        raise RuntimeError(
+            "Only Tensors created explicitly by the user (graph leaves) support the deepcopy protocol at the moment.  "
+            "If you were attempting to deepcopy a module, this may be because of a torch.nn.utils.weight_norm usage, "
+            "see https://github.com/pytorch/pytorch/pull/103001"
+        )
+    with torch.no_grad():
+        key = id(t._s)
+        if key not in memo:
+            memo[key] = Storage(convert.copied(t._s.value), t._s.geometry)
+        twin = make(memo[key], t._m, t._v)
+    return _finish(twin, t, memo)
+
+
+def _finish(twin: Tensor, t: Tensor, memo: dict[int, Any]) -> Tensor:
+    memo[id(t)] = twin
+    twin.requires_grad_(t.requires_grad)
+    if isinstance(t, torch.nn.Parameter):
+        twin._is_param = True  # type: ignore[attr-defined]
+    if t.grad is not None:
+        twin.grad = copy.deepcopy(t.grad, memo)
+    for name, value in t.__dict__.items():
+        if name not in _OWN:
+            twin.__dict__[name] = copy.deepcopy(value, memo)
+    return twin
+
+
+_OWN = {"_s", "_m", "_v", "_cache", "_is_param"}
+
+
+
+
+def reduce(t: Tensor) -> Any:
+    """`Tensor.__reduce_ex__`: the storage's values as a CPU tensor (its own storage is shared by all who share ours)."""
+    if isinstance(t, torch.nn.Parameter):
+        kind = "Parameter"
+    else:
+        kind = "Tensor"
+    host = convert.host_storage(t._s)
+    shaped = torch.as_strided(host, t._m.shape, t._m.strides, t.storage_offset())
+    extra = {k: v for k, v in t.__dict__.items() if k not in _OWN}
+    return rebuild, (shaped, str(t.device), t.requires_grad, kind, extra)
+
+
+def rebuild(values: torch.Tensor, device: str, requires_grad: bool, kind: str, extra: dict[str, Any]) -> torch.Tensor:
+    """What a pickled tensor becomes: on its device, or where ``torch.load(map_location=...)`` says."""
+    target = torch.device(torch._utils._get_restore_location(device))
+    result = convert.restore(values, target)
+    if kind == "Parameter":
+        result = torch.nn.Parameter(result, requires_grad)
+    else:
+        result.requires_grad_(requires_grad)
+    result.__dict__.update(extra)
+    return result
+
+
+torch.serialization.add_safe_globals([rebuild])

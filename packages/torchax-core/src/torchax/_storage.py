@@ -1,0 +1,186 @@
+"""What tensors share: interned metadata, and the storage that holds a payload."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import dtypes
+
+
+class TensorMeta:
+    """Shape, strides, dtype and device index of a tensor. Interned: equal metadata is the same object, so it is a cheap key."""
+
+    __slots__ = ("contiguous", "device", "dtype", "index", "jax_dtype", "numel", "on_meta_", "root", "shape", "strides", "wide")
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def on_meta(self) -> torch.Tensor:
+        """A tensor of this metadata on device ``meta`` (shared: do not change it)."""
+        if self.on_meta_ is None:
+            self.on_meta_ = self.fresh_on_meta()
+        return self.on_meta_
+
+    def fresh_on_meta(self) -> torch.Tensor:
+        """A new tensor of this metadata on device ``meta``."""
+        with torch.inference_mode(False), torch.no_grad():
+            return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+
+    def __repr__(self) -> str:
+        return f"TensorMeta(shape={self.shape}, strides={self.strides}, dtype={self.dtype}, device='jax:{self.index}')"
+
+
+_interned: dict[tuple[Any, ...], TensorMeta] = {}
+
+
+def meta_of(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, index: int = 0) -> TensorMeta:
+    """The one `TensorMeta` of these values."""
+    key = (shape, strides, dtype, index)
+    meta = _interned.get(key)
+    if meta is None:
+        meta = TensorMeta()
+        meta.shape, meta.strides, meta.dtype, meta.index = tuple(map(int, shape)), tuple(map(int, strides)), dtype, index
+        meta.jax_dtype, meta.wide, meta.numel = dtypes.to_jax(dtype), dtypes.is_wide(dtype), math.prod(shape)
+        meta.device, meta.contiguous = torch.device("jax", index), meta.strides == contiguous_strides(meta.shape)
+        meta.on_meta_ = meta.root = None
+        meta = _interned.setdefault(key, meta)  # another thread may have been faster: identity counts
+    return meta
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a row-major tensor."""
+    strides, n = [], 1
+    for size in reversed(shape):
+        strides.append(n)
+        n *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def dense_meta(shape: tuple[int, ...], dtype: torch.dtype, index: int = 0) -> TensorMeta:
+    """Row-major metadata."""
+    return meta_of(shape, contiguous_strides(shape), dtype, index)
+
+
+_addresses = itertools.count(1)
+
+
+class Storage:
+    """A payload that tensors share.
+
+    Attributes:
+        value: the `jax.Array` in its logical shape (or a tracer).
+        geometry: shape and strides of `value` in memory, as `as_strided` counts.
+        version: grows with every write; views remember the version that they read.
+        owner: the trace that it was made in, else None.
+    """
+
+    __slots__ = ("__weakref__", "_address", "geometry", "owner", "value", "version")
+
+    def __init__(self, value: Any, geometry: TensorMeta, owner: Any = None):
+        self.value, self.geometry, self.owner, self.version, self._address = value, geometry, owner, 0, None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the storage holds."""
+        return self.geometry.numel * self.geometry.jax_dtype.itemsize
+
+    @property
+    def address(self) -> int:
+        """A number that tells storages apart, as `data_ptr` does; no memory is there."""
+        if self._address is None:  # far apart, so that offsets into one storage never reach another
+            self._address = next(_addresses) << 44
+        return self._address
+
+
+class GrownStorage(Storage):
+    """What other tensors hold of a storage that `resize_` made larger: a window onto the larger one."""
+
+    __slots__ = ()
+
+    @property
+    def _larger(self) -> Storage:
+        return Storage.value.__get__(self)  # type: ignore[attr-defined]
+
+    @property
+    def value(self) -> Any:  # type: ignore[override]
+        geometry, order = self.geometry, physical_order(self.geometry)
+        flat = self._larger.value[: geometry.numel]
+        return flat.reshape([geometry.shape[i] for i in order]).transpose(np.argsort(order))
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        order, larger = physical_order(self.geometry), self._larger
+        larger.value = larger.value.at[: self.geometry.numel].set(value.transpose(order).reshape(-1))
+        larger.version += 1
+
+    @property
+    def version(self) -> int:  # type: ignore[override]
+        return self._larger.version
+
+    @version.setter
+    def version(self, version: int) -> None:
+        pass  # writing the value has counted
+
+
+def grow(storage: Storage, larger: Storage) -> Storage:
+    """Let every tensor on `storage` share the memory of `larger`, which begins with the same elements. Gives `larger`."""
+    larger._address, larger.version = storage.address, storage.version + 1
+    storage.value = larger  # in the slot, where GrownStorage looks for it
+    storage.__class__ = GrownStorage
+    return larger
+
+
+class StorageView:
+    """What `Tensor.untyped_storage` returns: identity and size of the storage that tensors share."""
+
+    def __init__(self, storage: Storage, device: torch.device):
+        self._storage, self.device = storage, device
+
+    def data_ptr(self) -> int:
+        """A number that is the same for all tensors on this storage; it is not an address."""
+        return self._storage.address if self._storage.nbytes else 0
+
+    @property
+    def _cdata(self) -> int:
+        return self._storage.address
+
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self._storage.nbytes
+
+    size = __len__ = nbytes
+
+    def element_size(self) -> int:
+        """One: an untyped storage counts bytes."""
+        return 1
+
+    def is_pinned(self, device: Any = None) -> bool:
+        """Never: this is device memory."""
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StorageView) and other._storage is self._storage
+
+    def __hash__(self) -> int:
+        return id(self._storage)
+
+    def __repr__(self) -> str:
+        return f"<torchax storage of {self.nbytes()} bytes on {self.device}>"
+
+
+def physical_order(geometry: TensorMeta) -> list[int]:
+    """Dimensions of the storage's array from the slowest to the fastest in memory."""
+    return sorted(range(len(geometry.shape)), key=lambda i: (-geometry.strides[i], i))
+
+
+def strided_indices(shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> np.ndarray:
+    """Flat memory index of every element of a strided view, an int64 array of `shape`."""
+    index = np.full((), offset, np.int64)
+    for size, stride in zip(shape, strides, strict=True):
+        index = index[..., None] + np.arange(size, dtype=np.int64) * stride
+    return index

@@ -1,0 +1,226 @@
+"""Values between torch on CPU, numpy and JAX."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from . import dtypes, errors
+from ._execute import Program, state
+from ._storage import Storage, TensorMeta, dense_meta, meta_of, physical_order
+from ._views import strided_view
+from .tensor import Tensor, make, wrap
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+# ---------------------------------------------------------------------- public: the two worlds
+def t2j(tensor: torch.Tensor) -> jax.Array:
+    """The values of a torch tensor as a `jax.Array` of the same shape and dtype.
+
+    A tensor on device ``jax`` gives its own array. A CPU tensor is copied, since a `jax.Array` must not change under
+    later writes; hand memory over without a copy with ``jax.dlpack.from_dlpack(tensor)``.
+    """
+    if isinstance(tensor, Tensor):
+        return tensor.jax()
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"t2j takes a torch.Tensor; got {type(tensor).__name__}")
+    return to_array(tensor.detach(), 0)
+
+
+def j2t(array: jax.Array) -> Tensor:
+    """A tensor on device ``jax`` that holds `array` (no copy)."""
+    return Tensor(array)
+
+
+def from_dlpack(source: Any) -> Tensor:
+    """A tensor on device ``jax`` over the memory of `source` (anything with ``__dlpack__``), without a copy where the platform allows.
+
+    The memory belongs to both afterwards: do not write it through `source`.
+    """
+    if isinstance(source, Tensor):
+        return source
+    if isinstance(source, torch.Tensor) and source.is_conj():
+        source = source.resolve_conj()
+    with jax.enable_x64(True):
+        return Tensor(jax.dlpack.from_dlpack(source))
+
+
+# ---------------------------------------------------------------------- CPU -> JAX
+def to_array(t: torch.Tensor, index: int) -> jax.Array:
+    """A CPU tensor's values on JAX device `index`."""
+    check_dense(t)
+    dtype = dtypes.to_jax(t.dtype)
+    t = t.detach().resolve_conj().resolve_neg()
+    host = np.array(t.view(_BITS[t.element_size()]).numpy()).view(dtype) if dtype.isbuiltin == 2 else np.array(t.numpy())
+    with jax.enable_x64(True):
+        return jax.device_put(host.reshape(tuple(t.shape)), None if index == 0 else jax_device(index))
+
+
+def from_cpu(t: torch.Tensor, index: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+    """A CPU tensor's values as a tensor on device ``jax``, dense strides as ``empty_like`` gives them."""
+    if dtype is not None and t.dtype != dtype:
+        t = t.to(dtype)
+    strides = tuple(t.stride()) if t.is_contiguous() else tuple(torch.empty_like(t, device="meta").stride())
+    return wrap(to_array(t, index), meta_of(tuple(t.shape), strides, t.dtype, index))
+
+
+def check_dense(t: torch.Tensor) -> None:
+    """Refuse what a `jax.Array` cannot hold.
+
+    Raises:
+        UnsupportedLayout: sparse, mkldnn or jagged.
+        UnsupportedDtype: quantized.
+    """
+    if t.layout is not torch.strided or t.is_nested:
+        raise errors.UnsupportedLayout(
+            f"a tensor on device 'jax' is dense; got layout {t.layout}. Convert it first with .to_dense()"
+        )
+    if t.is_quantized:
+        raise errors.UnsupportedDtype(
+            f"a tensor on device 'jax' cannot hold quantized dtype {t.dtype}; convert it first with .dequantize()"
+        )
+
+
+def jax_device(index: int) -> jax.Device:
+    """JAX device number `index` of the default platform.
+
+    Raises:
+        PlatformUnavailable: there is no such device.
+    """
+    devices = jax.devices()
+    if not 0 <= index < len(devices):
+        raise errors.PlatformUnavailable(
+            f"device 'jax:{index}' does not exist: JAX platform {jax.default_backend()!r} has {len(devices)} device(s), "
+            f"'jax:0' to 'jax:{len(devices) - 1}'"
+        )
+    return devices[index]
+
+
+def platform(index: int) -> str:
+    """``cpu``, ``gpu`` or ``tpu``: the platform that device ``jax:index`` computes on."""
+    return jax_device(index).platform
+
+
+# ---------------------------------------------------------------------- JAX -> CPU
+def host_array(value: Any, what: str) -> np.ndarray:
+    """The values as numpy, once computed.
+
+    Raises:
+        TracerEscaped: they are being traced and have no values.
+    """
+    if isinstance(value, jax.core.Tracer):
+        from ._execute._where import user_line
+
+        raise errors.TracerEscaped(
+            f"{what} needs the values of a tensor that is being traced{user_line()}; inside a compiled function use torch.where, "
+            "torch.cond or tensor arithmetic instead of Python numbers, or do this outside of it"
+        )
+    try:
+        return np.asarray(value)
+    except RuntimeError as error:
+        if "deleted" in str(error):
+            raise RuntimeError(f"{what}: the tensor's buffer was donated to a compiled function and is gone; use that function's result instead") from error
+        raise
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
+    """A CPU tensor with a copy of `array`."""
+    dtype = dtypes.to_torch(array.dtype)
+    if array.dtype.isbuiltin == 2:
+        bits = _BITS[array.dtype.itemsize]
+        return torch.from_numpy(np.array(array).reshape(array.shape).view(dtypes.to_jax(bits))).view(dtype)
+    return torch.from_numpy(np.array(array)) if array.ndim else torch.tensor(array[()].item(), dtype=dtype)
+
+
+def to_cpu(t: Tensor, what: str = "moving it to CPU") -> torch.Tensor:
+    """A CPU tensor with the values, and strides as a copy on CPU would have."""
+    r = to_torch(host_array(state.executor.read(t), what))
+    if t._m.contiguous:
+        return r
+    strides = torch.empty_like(t._m.on_meta()).stride()
+    return r if r.stride() == strides else torch.empty_strided(t._m.shape, strides, dtype=r.dtype).copy_(r)
+
+
+def copied(value: Any) -> Any:
+    """The same values in a buffer of their own."""
+    return value if isinstance(value, jax.core.Tracer) else jnp.copy(value)
+
+
+# ---------------------------------------------------------------------- whole storages, for pickles and deep copies
+_hosts: weakref.WeakKeyDictionary[Storage, tuple[int, StorageWeakRef]] = weakref.WeakKeyDictionary()
+_twins: dict[int, tuple[StorageWeakRef, weakref.ref[Storage]]] = {}
+
+
+def host_storage(storage: Storage) -> torch.Tensor:
+    """The storage's memory as a flat CPU tensor; the same CPU storage as long as someone holds it."""
+    known = _hosts.get(storage)
+    dtype = storage.geometry.dtype
+    if known is not None and known[0] == storage.version:
+        alive = torch.UntypedStorage._new_with_weak_ptr(known[1].cdata)
+        if alive is not None:
+            return torch.empty(0, dtype=dtype).set_(alive)  # type: ignore[call-overload]
+    array = host_array(state.executor.load(storage), "saving it")
+    flat = to_torch(np.ascontiguousarray(array.transpose(physical_order(storage.geometry))).reshape(-1))
+    _hosts[storage] = (storage.version, StorageWeakRef(flat.untyped_storage()))
+    return flat
+
+
+def restore(values: torch.Tensor, target: torch.device) -> torch.Tensor:
+    """A CPU tensor on `target`; tensors that share a CPU storage share one on device ``jax``."""
+    if target.type != "jax":
+        return values if target.type == "cpu" else values.to(target)
+    cpu = values.untyped_storage()
+    known = _twins.get(cpu._cdata)
+    storage = known[1]() if known is not None and not known[0].expired() else None
+    index = target.index or 0
+    if storage is None:
+        if values.is_contiguous() and values.numel() * values.element_size() == cpu.nbytes():
+            whole = values
+        else:
+            whole = torch.empty(0, dtype=values.dtype).set_(cpu)  # type: ignore[call-overload]
+        geometry = dense_meta(tuple(whole.shape), whole.dtype, index)
+        storage = Storage(to_array(whole, index), geometry)
+        for key in [k for k, (ref, _) in _twins.items() if ref.expired()]:
+            del _twins[key]
+        _twins[cpu._cdata] = (StorageWeakRef(cpu), weakref.ref(storage))
+    shape, strides = tuple(values.shape), tuple(values.stride())
+    geometry = storage.geometry
+    if values.storage_offset() == 0 and shape == geometry.shape and strides == geometry.strides:
+        return make(storage, geometry)
+    return make(storage, meta_of(shape, strides, values.dtype, index), strided_view(geometry, shape, strides, values.storage_offset()))
+
+
+def fit(value: Any, source: TensorMeta | None, target: TensorMeta) -> Any:
+    """`value` broadcast and cast to the shape and dtype of `target`."""
+    key = (source, target.shape, target.dtype)
+    program = _fits.get(key) if source is not None else None
+    if program is None:
+        shape, dtype = target.shape, target.jax_dtype
+        program = Program(lambda v: cast(jnp.broadcast_to(v, shape), dtype), "aten::copy", target.wide or source is None or source.wide)
+        if source is not None:
+            _fits[key] = program
+    return state.executor.run(program, (value,))
+
+
+_fits: dict[Any, Program] = {}
+
+
+def cast(x: Any, dtype: np.dtype) -> Any:
+    """`x` in `dtype`, as torch casts: real parts of complex numbers, truth for bool, wrap-around for integers."""
+    if x.dtype == dtype:
+        return x
+    if dtype == np.bool_:
+        return x != 0
+    if x.dtype.kind == "c" and dtype.kind != "c":
+        x = jnp.real(x)
+    return x.astype(dtype)
+
+
+__all__ = ["from_dlpack", "j2t", "t2j"]

@@ -1,0 +1,12 @@
+"""What authors of op plugins import: the decorators and records that describe lowerings.
+
+`mappings` and `jtorch` keep the names that existing users of torchax import.
+"""
+
+import torch
+
+from .._registry import Lowering, lowering, op_name, stateful, table, view_lowering
+
+aten = torch.ops.aten
+
+__all__ = ["Lowering", "aten", "lowering", "op_name", "stateful", "table", "view_lowering"]

@@ -1,0 +1,73 @@
+"""Discrete Fourier transforms over lists of dimensions."""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from torchax.ops import aten, lowering
+
+# Codes of torch: 0 leaves the sums as they are, 1 divides by the square root of their length, 2 by the length.
+_NONE, _ROOT, _LENGTH = 0, 1, 2
+_MOST = 3  # dimensions that one lax.fft takes
+
+
+def _normalized(x, count: int, normalization: int):
+    if normalization == _NONE:
+        return x
+    return x * (1 / (math.sqrt(count) if normalization == _ROOT else count))
+
+
+def _over(x, dims, kind, lengths):
+    """`lax.fft` over `dims`, which are moved to the end for it."""
+    dims = [d % x.ndim for d in dims]
+    ends = tuple(range(x.ndim - len(dims), x.ndim))
+    return jnp.moveaxis(lax.fft(jnp.moveaxis(x, dims, ends), kind, tuple(lengths)), ends, dims)
+
+
+def _complex(x, dims, forward: bool):
+    """Unnormalized complex transform over any number of dimensions."""
+    for i in range(0, len(dims), _MOST):
+        group = dims[i : i + _MOST]
+        lengths = [x.shape[d] for d in group]
+        x = _over(x, group, lax.FftType.FFT if forward else lax.FftType.IFFT, lengths)
+        x = x if forward else x * math.prod(lengths)
+    return x
+
+
+def _size(x, dims):
+    return math.prod(x.shape[d] for d in dims)
+
+
+@lowering(aten._fft_c2c.default)
+def fft_c2c(self, dim, normalization, forward):
+    """Complex to complex."""
+    if self.size == 0 or not dim:
+        return self
+    return _normalized(_complex(self, dim, forward), _size(self, dim), normalization)
+
+
+@lowering(aten._fft_r2c.default)
+def fft_r2c(self, dim, normalization, onesided):
+    """Real to complex; `onesided` keeps the first half of the last dimension."""
+    last = dim[-1] % self.ndim
+    n = self.shape[last]
+    if self.size == 0:
+        shape = [n // 2 + 1 if onesided and i == last else s for i, s in enumerate(self.shape)]
+        return jnp.zeros(shape, jnp.result_type(self.dtype, jnp.complex64))
+    if not onesided:
+        return _normalized(_complex(self.astype(jnp.result_type(self.dtype, jnp.complex64)), dim, True), _size(self, dim), normalization)
+    out = _complex(_over(self, [last], lax.FftType.RFFT, [n]), dim[:-1], True)
+    return _normalized(out, _size(self, dim), normalization)
+
+
+@lowering(aten._fft_c2r.default)
+def fft_c2r(self, dim, normalization, last_dim_size):
+    """Complex to real, from the first half of the last dimension."""
+    last = dim[-1] % self.ndim
+    shape = [last_dim_size if i == last else s for i, s in enumerate(self.shape)]
+    if self.size == 0 or last_dim_size == 0:
+        return jnp.zeros(shape, self.real.dtype)
+    x = _complex(self, dim[:-1], False)
+    # the compiler's inverse divides by the length
+    out = _over(x, [last], lax.FftType.IRFFT, [last_dim_size]) * last_dim_size
+    return _normalized(out, math.prod(shape[d % self.ndim] for d in dim), normalization)

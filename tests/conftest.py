@@ -1,0 +1,169 @@
+"""What all tests share: the environment that JAX is started in, hypothesis profiles, and fixtures.
+
+The environment is set here, before anything imports jax; programs that tests start in a subprocess inherit it.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DEVICES = 4
+
+
+def _environment() -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    for flag in (
+        f"--xla_force_host_platform_device_count={DEVICES}",
+        "--xla_backend_optimization_level=0",  # tests compile thousands of tiny programs and run each a few times
+        "--xla_llvm_disable_expensive_passes=true",
+    ):
+        if not any(f.split("=")[0] == flag.split("=")[0] for f in flags):
+            flags.append(flag)
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("MPLBACKEND", "agg")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
+
+
+_environment()
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hypothesis
+import jax
+import jax.monitoring
+import pytest
+import torch
+import torchax
+
+hypothesis.settings.register_profile(
+    "ci",
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.register_profile(
+    "thorough", hypothesis.settings.get_profile("ci"), max_examples=500, derandomize=False
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same random state, on both sides."""
+    torch.manual_seed(0)
+
+
+# Compilations -----------------------------------------------------------------------------------------------------
+
+
+class CompileCounter:
+    """Counts programs that XLA was asked for while a test runs (programs out of the persistent cache included)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def reset(self) -> None:
+        self.count = 0
+
+    @contextlib.contextmanager
+    def expect(self, n: int) -> Iterator[None]:
+        """The block compiles exactly `n` programs."""
+        before = self.count
+        yield
+        assert self.count - before == n, f"{self.count - before} programs were compiled, expected {n}"
+
+
+_COUNTERS: list[CompileCounter] = []
+
+
+def _on_event(event: str, duration: float, **_: Any) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        for counter in _COUNTERS:
+            counter.count += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_on_event)
+
+
+@pytest.fixture
+def compile_counter() -> Iterator[CompileCounter]:
+    """A `CompileCounter` that listens until the test ends; fails if jax no longer reports compilations."""
+    counter = CompileCounter()
+    _COUNTERS.append(counter)
+    try:
+        jax.jit(lambda a: a * 3 + id(counter) % 7)(1.0)
+        assert counter.count, "jax reports no compilation: the counter would be worthless"
+        counter.reset()
+        yield counter
+    finally:
+        _COUNTERS.remove(counter)
+
+
+# Pairs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """``pair(2, 3, dtype=..., requires_grad=...)``: the same random values as a CPU tensor and on device jax.
+
+    A tensor given instead of sizes is paired with its copy on jax.
+    """
+
+    def make(
+        *shape: Any, dtype: torch.dtype = torch.float32, requires_grad: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(shape) == 1 and isinstance(shape[0], torch.Tensor):
+            cpu = shape[0].detach()
+        elif dtype == torch.bool:
+            cpu = torch.rand(shape) > 0.5
+        elif dtype.is_floating_point or dtype.is_complex:
+            cpu = torch.randn(shape, dtype=dtype)
+        else:
+            cpu = torch.randint(0 if dtype == torch.uint8 else -9, 10, shape, dtype=dtype)
+        other = cpu.to("jax")
+        return cpu.requires_grad_(requires_grad), other.requires_grad_(requires_grad)
+
+    return make
+
+
+@pytest.fixture
+def assert_same() -> Callable[..., None]:
+    """``assert_same(jax_result, cpu_result)``: see `helpers.assert_same`."""
+    from helpers import assert_same
+
+    return assert_same
+
+
+@pytest.fixture
+def config() -> Iterator[Any]:
+    """`torchax.config`, put back as it was when the test ends."""
+    public = {k: v for k, v in vars(torchax.config).items() if not k.startswith("__")}
+    yield torchax.config
+    for key, value in public.items():
+        if getattr(torchax.config, key) is not value:
+            setattr(torchax.config, key, value)
+
+
+@pytest.fixture
+def jax_devices() -> list[jax.Device]:
+    """The virtual devices of the test process, at least two."""
+    devices = jax.devices()
+    if len(devices) < 2:
+        pytest.skip("needs several JAX devices; XLA_FLAGS was set from outside")
+    return devices
