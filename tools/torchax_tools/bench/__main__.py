@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .measure import Row
+from .measure import Row, failed
 
 GROUPS = ("import", "ops", "linear", "threads", "train", "gpt", "cold")
 
@@ -109,9 +109,12 @@ def main(
         for name in GROUPS:
             if groups and name not in groups:
                 continue
-            for row in _group(name)():
-                rows.append(row)
-                status.update(f"measuring: {row.group}, {row.name}")
+            try:
+                for row in _group(name)():
+                    rows.append(row)
+                    status.update(f"measuring: {row.group}, {row.name}")
+            except Exception as error:  # the other groups are still worth their time
+                rows.append(failed(name, "the rest", error))
     about = environment()
     console.print(", ".join(f"{k} {v}" for k, v in about.items()))
     console.print(report(rows))
@@ -124,4 +127,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import torchax
 
-from .measure import Row, failed, ratio
+from .measure import Row, ratio
 from .models import BATCH, GPT, HEADS, LAYERS, LENGTH, VOCABULARY, WIDTH
 
 Weights = dict[str, jax.Array]
@@ -71,49 +71,46 @@ def gpt() -> Iterator[Row]:
     weights = {k: jnp.asarray(v.detach().numpy()) for k, v in model.named_parameters()}
     # int32 on both sides, as JAX users have it
     indices = jnp.asarray(tokens.numpy(), jnp.int32)
-    try:
-        from torchax.interop import jax_view
+    from torchax.interop import jax_view
 
-        jmodel = GPT().eval()
-        jmodel.load_state_dict(model.state_dict())
-        jmodel = jmodel.to("jax")
-        ours: Any = {k: v.detach().jax() for k, v in jmodel.named_parameters()}
-        our_forward = jax_view(lambda p, i: torch.func.functional_call(jmodel, p, (i,)))
-        our_loss = jax_view(
-            lambda p, i: F.cross_entropy(torch.func.functional_call(jmodel, p, (i,)).flatten(0, 1), i.flatten().long())
+    jmodel = GPT().eval()
+    jmodel.load_state_dict(model.state_dict())
+    jmodel = jmodel.to("jax")
+    ours: Any = {k: v.detach().jax() for k, v in jmodel.named_parameters()}
+    our_forward = jax_view(lambda p, i: torch.func.functional_call(jmodel, p, (i,)))
+    our_loss = jax_view(
+        lambda p, i: F.cross_entropy(torch.func.functional_call(jmodel, p, (i,)).flatten(0, 1), i.flatten().long())
+    )
+    kinds = [
+        ("forward", lambda: jax.jit(lambda p, i: our_forward(p, i)), lambda: jax.jit(lambda p, i: forward(p, i))),
+        (
+            "loss and gradients",
+            lambda: jax.jit(jax.value_and_grad(lambda p, i: our_loss(p, i))),
+            lambda: jax.jit(jax.value_and_grad(lambda p, i: loss(p, i))),
+        ),
+    ]
+    for name, mine, theirs in kinds:
+        a, trace_a = _traced(mine, ours, indices)
+        b, trace_b = _traced(theirs, weights, indices)
+        yield ratio(
+            "gpt",
+            f"{name}, run",
+            lambda a=a: a(ours, indices),
+            lambda b=b: b(weights, indices),
+            "hand-written JAX",
+            1.05,
         )
-        kinds = [
-            ("forward", lambda: jax.jit(lambda p, i: our_forward(p, i)), lambda: jax.jit(lambda p, i: forward(p, i))),
-            (
-                "loss and gradients",
-                lambda: jax.jit(jax.value_and_grad(lambda p, i: our_loss(p, i))),
-                lambda: jax.jit(jax.value_and_grad(lambda p, i: loss(p, i))),
-            ),
-        ]
-        for name, mine, theirs in kinds:
-            a, trace_a = _traced(mine, ours, indices)
-            b, trace_b = _traced(theirs, weights, indices)
-            yield ratio(
-                "gpt",
-                f"{name}, run",
-                lambda a=a: a(ours, indices),
-                lambda b=b: b(weights, indices),
-                "hand-written JAX",
-                1.05,
-            )
-            yield Row("gpt", f"{name}, tracing", trace_a / trace_b, "x", "hand-written JAX", 2.0, trace_a, trace_b)
-        compiled = torchax.compile(jmodel)
-        on_device = tokens.to("jax")
-        by_hand = jax.jit(forward)
-        with torch.no_grad():
-            yield ratio(
-                "gpt",
-                "torchax.compile(model)(tokens)",
-                lambda: compiled(on_device),
-                lambda: by_hand(weights, indices),
-                "hand-written JAX",
-                1.05,
-                lambda: model(tokens),
-            )
-    except Exception as error:
-        yield failed("gpt", "GPT", error)
+        yield Row("gpt", f"{name}, tracing", trace_a / trace_b, "x", "hand-written JAX", 2.0, trace_a, trace_b)
+    compiled = torchax.compile(jmodel)
+    on_device = tokens.to("jax")
+    by_hand = jax.jit(forward)
+    with torch.no_grad():
+        yield ratio(
+            "gpt",
+            "torchax.compile(model)(tokens)",
+            lambda: compiled(on_device),
+            lambda: by_hand(weights, indices),
+            "hand-written JAX",
+            1.05,
+            lambda: model(tokens),
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -60,7 +61,10 @@ def _run(code: str, *arguments: str) -> str:
         [sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True, timeout=600
     )
     if result.returncode:
-        raise RuntimeError(result.stderr.strip() or f"exit {result.returncode}")
+        said = [
+            line for line in result.stderr.splitlines() if re.match(r"[\w.]+: ", line)
+        ]  # the exception, not its notes
+        raise RuntimeError(said[-1] if said else f"exit {result.returncode}")
     return result.stdout
 
 

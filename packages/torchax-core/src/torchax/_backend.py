@@ -15,7 +15,7 @@ import torch
 from torch.optim.optimizer import _foreach_supported_types
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from . import _loading, amp, device
+from . import _accelerator, _core_ops, _loading, amp, device
 from ._dispatch import RULES
 from ._registry import REGISTRY
 from ._whole import whole_kernel
@@ -41,6 +41,9 @@ def install() -> None:
     for name in _CORE_FACTORIES:
         _register_factory(name)
     _libraries[1].impl("_efficientzerotensor", _efficient_zeros)
+    for library in _libraries:
+        library.impl("_copy_from", _copy_from)
+    _accelerator.install()
     amp.install()
     _loading.install()
     torch.nn.Module._apply = _apply  # type: ignore[method-assign]
@@ -101,6 +104,11 @@ def _register_factory(name: str) -> None:
 
     for library in _libraries:
         library.impl(name.removeprefix("aten::"), factory)
+
+
+def _copy_from(src: torch.Tensor, dst: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """What ``copy_`` comes to where torch keeps `__torch_dispatch__` out (``torch.tensor(..., device="jax")``)."""
+    return _core_ops.copy_((dst, src), {})
 
 
 def _efficient_zeros(size: Any, **kwargs: Any) -> torch.Tensor:

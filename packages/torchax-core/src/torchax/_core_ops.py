@@ -36,7 +36,7 @@ def current_index(device: Any) -> int:
     """Index of the device that a factory names, the current one where it names none."""
     if device is not None:
         device = torch.device(device)
-        if device.index is not None and device.type == "jax":
+        if device.index is not None and device.type in ("jax", "lazy"):
             return device.index
     from . import device as device_module
 

@@ -71,13 +71,15 @@ class Entry:
         kind: ``functional``, ``dynamic``, ``stateful`` or ``op by op``.
     """
 
-    __slots__ = ("apply", "dynamic", "index", "lowering", "metas", "operand_kinds", "program", "single", "template")
+    __slots__ = ("apply", "dynamic", "index", "lowering", "metas", "operand_kinds", "plain", "program", "single", "template")
 
     def __init__(self, program: Program | None, apply: Apply, metas: Any, template: Any, index: int, lowering: Lowering | None):
         self.program, self.apply, self.metas, self.template, self.index, self.lowering = program, apply, metas, template, index, lowering
         self.operand_kinds: tuple[bool, ...] = ()  # whether each operand is a tensor
         self.single = type(metas) is TensorMeta
         self.dynamic = lowering is not None and lowering.kind == "dynamic"
+        stateful = lowering is not None and (lowering.random or lowering.writes or lowering.kind == "stateful")
+        self.plain = program is not None and not stateful
 
 
 class FunctionalRule:
@@ -89,14 +91,20 @@ class FunctionalRule:
         self.element = None if self.entries else foreach_element(func)
         self.signature = Signature(func, self.entries or (REGISTRY.lowerings(self.element) if self.element else ()), bool(self.entries or self.element))
         self.cache: dict[tuple[Any, ...], Entry] = {}
-        self.stateful = any(entry.random or entry.writes or entry.kind == "stateful" for entry in self.entries)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        key, operands = self.signature.bind(args, kwargs)
+        if not kwargs and len(args) == 2 and type(args[0]) is Tensor and type(args[1]) is Tensor:
+            key, operands = (args[0]._m, args[1]._m), args  # what bind would give, at half the price
+        else:
+            key, operands = self.signature.bind(args, kwargs)
         entry = self.cache.get(key)
         if entry is None:
             entry = self.cache[key] = self.resolve(args, kwargs)
-        if entry.program is None or self.stateful:
+        return self.run(entry, operands, args, kwargs)
+
+    def run(self, entry: Entry, operands: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call whose signature has been resolved."""
+        if not entry.plain:
             return self._special(entry, operands, args, kwargs)
         executor = state.executor
         try:
@@ -105,9 +113,9 @@ class FunctionalRule:
             return self._impure(entry, args, kwargs)
         if not entry.single:
             return wrap_nest(out, entry.metas)
-        meta, owner = entry.metas, executor.owner
-        if owner is not None:
-            return wrap(out, meta)
+        if executor.owner is not None:
+            return wrap(out, entry.metas)
+        meta = entry.metas
         return make(Storage(out, meta), meta)
 
     def raw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -116,7 +124,7 @@ class FunctionalRule:
         entry = self.cache.get(key)
         if entry is None:
             entry = self.cache[key] = self.resolve(args, kwargs)
-        if entry.program is None or self.stateful:
+        if not entry.plain:
             return _unwrapped(self._special(entry, operands, args, kwargs))
         try:
             return state.executor.run(entry.program, operands), entry.metas
@@ -246,7 +254,7 @@ class FunctionalRule:
         way = decomposition(self.func)
         assert way is not None
         decompose, func = way[1], self.func
-        entry.program, entry.lowering, entry.metas, entry.dynamic = None, None, None, False
+        entry.program, entry.lowering, entry.metas, entry.plain = None, None, None, False
         entry.apply = lambda a, k: op_by_op(func, decompose, a, k)
         return entry.apply(args, kwargs)
 

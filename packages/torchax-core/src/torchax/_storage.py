@@ -15,7 +15,7 @@ from . import dtypes
 class TensorMeta:
     """Shape, strides, dtype and device index of a tensor. Interned: equal metadata is the same object, so it is a cheap key."""
 
-    __slots__ = ("contiguous", "device", "dtype", "index", "jax_dtype", "numel", "on_meta_", "root", "shape", "strides", "wide")
+    __slots__ = ("contiguous", "cpp_device", "device", "dtype", "index", "jax_dtype", "numel", "on_meta_", "root", "shape", "strides", "wide")
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -46,7 +46,8 @@ def meta_of(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
         meta = TensorMeta()
         meta.shape, meta.strides, meta.dtype, meta.index = tuple(map(int, shape)), tuple(map(int, strides)), dtype, index
         meta.jax_dtype, meta.wide, meta.numel = dtypes.to_jax(dtype), dtypes.is_wide(dtype), math.prod(shape)
-        meta.device, meta.contiguous = torch.device("jax", index), meta.strides == contiguous_strides(meta.shape)
+        meta.device, meta.cpp_device = torch.device("jax", index), torch.device("lazy", index)
+        meta.contiguous = meta.strides == contiguous_strides(meta.shape)
         meta.on_meta_ = meta.root = None
         meta = _interned.setdefault(key, meta)  # another thread may have been faster: identity counts
     return meta
@@ -79,10 +80,13 @@ class Storage:
         owner: the trace that it was made in, else None.
     """
 
-    __slots__ = ("__weakref__", "_address", "geometry", "owner", "value", "version")
+    owner: Any = None
+    version = 0
+    _address: int | None = None
 
-    def __init__(self, value: Any, geometry: TensorMeta, owner: Any = None):
-        self.value, self.geometry, self.owner, self.version, self._address = value, geometry, owner, 0, None
+    def __init__(self, value: Any, geometry: TensorMeta):
+        self.value = value
+        self.geometry = geometry
 
     @property
     def nbytes(self) -> int:
@@ -100,11 +104,7 @@ class Storage:
 class GrownStorage(Storage):
     """What other tensors hold of a storage that `resize_` made larger: a window onto the larger one."""
 
-    __slots__ = ()
-
-    @property
-    def _larger(self) -> Storage:
-        return Storage.value.__get__(self)  # type: ignore[attr-defined]
+    _larger: Storage
 
     @property
     def value(self) -> Any:  # type: ignore[override]
@@ -130,8 +130,10 @@ class GrownStorage(Storage):
 def grow(storage: Storage, larger: Storage) -> Storage:
     """Let every tensor on `storage` share the memory of `larger`, which begins with the same elements. Gives `larger`."""
     larger._address, larger.version = storage.address, storage.version + 1
-    storage.value = larger  # in the slot, where GrownStorage looks for it
+    del storage.value
+    storage.__dict__.pop("version", None)
     storage.__class__ = GrownStorage
+    storage._larger = larger  # type: ignore[attr-defined]
     return larger
 
 

@@ -7,155 +7,142 @@ differentiable.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ._dispatch import RULES
 from ._execute import Program, state
 from ._signature import place
 from .tensor import Tensor, wrap
 
-_FORWARD_AD = torch.autograd.forward_ad
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_forward_ad = torch.autograd.forward_ad
 
 
 def whole_kernel(op: Any) -> Callable[..., Any]:
     """The kernel for `op` on the autograd key of device ``jax``."""
-    composite = torch._C.DispatchKey.CompositeImplicitAutograd
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        if torch._C._functorch.peek_interpreter_stack() is not None or _FORWARD_AD._current_level >= 0:
-            return op._op_dk(composite, *args, **kwargs)
         rule = RULES[op]
-        if not hasattr(rule, "resolve_whole"):  # its plugin is switched off
-            return op._op_dk(composite, *args, **kwargs)
-        key, _ = rule.signature.bind(args, kwargs)
+        if (
+            torch._C._functorch.peek_interpreter_stack() is not None
+            or _forward_ad._current_level >= 0
+            or not hasattr(rule, "resolve_whole")  # its plugin is switched off
+        ):
+            return op._op_dk(_COMPOSITE, *args, **kwargs)
+        key, operands = rule.signature.bind(args, kwargs)
         served = rule.cache.get(key)
         if served is None:
             served = rule.cache[key] = rule.resolve_whole(args, kwargs)
         if served.program is None:
-            return op._op_dk(composite, *args, **kwargs)
-        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in _leaves(args, kwargs)):
-            flat, spec = tree_flatten((args, kwargs))
-            return _Whole.apply(op, served, spec, *flat)
+            return op._op_dk(_COMPOSITE, *args, **kwargs)
+        if torch.is_grad_enabled():
+            tensors = [o for o in operands if type(o) is Tensor]
+            if any([t.requires_grad for t in tensors]):
+                return _Whole.apply(_Call(op, rule, served, operands), *tensors)
         with torch._C._AutoDispatchBelowAutograd():
-            return rule(args, kwargs)
+            return rule.run(served, operands, args, kwargs)
 
     return kernel
 
 
-def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    flat = []
-    for x in (*args, *kwargs.values()):
-        flat.extend(x) if isinstance(x, list | tuple) else flat.append(x)
-    return flat
+class _Call:
+    """A call of a whole op, less its tensors."""
+
+    __slots__ = ("op", "others", "rule", "served", "single")
+
+    def __init__(self, op: Any, rule: Any, served: Any, operands: list[Any]):
+        self.op, self.rule, self.served = op, rule, served
+        self.others = [o for o in operands if type(o) is not Tensor]
+        self.single = served.single
+
+    def operands(self, tensors: Iterable[Any], others: Iterable[Any]) -> list[Any]:
+        """All operands in the order of the signature."""
+        tensors, others = iter(tensors), iter(others)
+        return [next(tensors) if is_tensor else next(others) for is_tensor in self.served.operand_kinds]
 
 
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: Any, served: Any, spec: Any, *flat: Any) -> Any:
-        args, kwargs = tree_unflatten(list(flat), spec)
-        out = RULES[op](args, kwargs)
-        ctx.op, ctx.served, ctx.spec = op, served, spec
-        ctx.where = [i for i, x in enumerate(flat) if isinstance(x, torch.Tensor)]
-        ctx.rest = [None if isinstance(x, torch.Tensor) else x for x in flat]
-        ctx.single = not isinstance(out, tuple | list)
-        outs = (out,) if ctx.single else tuple(out)
-        ctx.n_outs = len(outs)
-        keep = served.lowering.backward is not None
-        ctx.save_for_backward(*[flat[i] for i in ctx.where], *(outs if keep else ()))
-        return out if ctx.single else outs
+    def forward(ctx: Any, call: _Call, *tensors: Any) -> Any:
+        out = call.rule.run(call.served, call.operands(tensors, call.others), (), {})
+        ctx.call = call
+        outs = () if call.served.lowering.backward is None else (out,) if call.single else out
+        ctx.save_for_backward(*tensors, *outs)
+        ctx.n = len(tensors)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         saved = ctx.saved_tensors
-        tensors, outs = saved[: len(ctx.where)], saved[len(ctx.where) :]
-        needs = [ctx.needs_input_grad[3 + i] for i in ctx.where]
-        if torch.is_grad_enabled():
-            found = _differentiable(ctx, tensors, grads, needs)
-        else:
-            found = _compiled(ctx, tensors, outs, grads, needs)
-        result: list[Any] = [None] * (3 + len(ctx.rest))
-        for i, g in zip(ctx.where, found, strict=True):
-            result[3 + i] = g
-        return tuple(result)
+        tensors, outs, needs = saved[: ctx.n], saved[ctx.n :], ctx.needs_input_grad[1:]
+        differentiate = _differentiable if torch.is_grad_enabled() else _compiled
+        return (None, *differentiate(ctx.call, tensors, outs, grads, needs))
 
 
-def _differentiable(ctx: Any, tensors: Any, grads: Any, needs: list[bool]) -> list[Any]:
+def _differentiable(call: _Call, tensors: Any, outs: Any, grads: Any, needs: tuple[bool, ...]) -> list[Any]:
     """Through torch's decomposition, so that the gradients have gradients."""
-    flat = list(ctx.rest)
-    inputs = [t if not n else t.view_as(t) for t, n in zip(tensors, needs, strict=True)]
-    for i, t in zip(ctx.where, inputs, strict=True):
-        flat[i] = t
-    args, kwargs = tree_unflatten(flat, ctx.spec)
-    out = ctx.op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
-    outs = (out,) if ctx.single else tuple(out)
+    inputs = [t.view_as(t) if n else t for t, n in zip(tensors, needs, strict=True)]
+    args, kwargs = place(call.served.template, call.operands(inputs, call.others))
+    out = call.op._op_dk(_COMPOSITE, *args, **kwargs)
+    results = (out,) if call.single else tuple(out)
     wanted = [t for t, n in zip(inputs, needs, strict=True) if n]
-    pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.requires_grad]
-    found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True))
+    pairs = [(o, g) for o, g in zip(results, grads, strict=True) if g is not None and o.requires_grad]
+    found = iter(
+        torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
+    )
     return [next(found) if n else None for n in needs]
 
 
 _backwards: dict[Any, Program] = {}
 
 
-def _compiled(ctx: Any, tensors: Any, outs: Any, grads: Any, needs: list[bool]) -> list[Any]:
-    served = ctx.served
-    given = [g is not None for g in grads]
-    key = (served, tuple(needs), tuple(given))
+def _compiled(call: _Call, tensors: Any, outs: Any, grads: Any, needs: tuple[bool, ...]) -> list[Any]:
+    given = tuple([g is not None for g in grads])
+    key = (call.served, needs, given, tuple([g._m for g in grads if g is not None]))
     program = _backwards.get(key)
     if program is None:
-        program = _backwards[key] = _backward_program(served, needs, given, ctx.single, len(tensors))
-    operands = [*tensors, *outs, *[g for g in grads if g is not None]]
-    _, numbers = RULES[ctx.op].signature.bind(*_rebuilt(ctx, tensors))
-    operands += [x for x in numbers if type(x) is not Tensor]
+        program = _backwards[key] = _backward_program(call, needs, given, len(tensors))
+    operands = [*tensors, *outs, *[g for g in grads if g is not None], *call.others]
     values = iter(state.executor.run(program, operands))
     return [wrap(next(values), t._m) if n else None for t, n in zip(tensors, needs, strict=True)]
 
 
-def _rebuilt(ctx: Any, tensors: Any) -> Any:
-    flat = list(ctx.rest)
-    for i, t in zip(ctx.where, tensors, strict=True):
-        flat[i] = t
-    return tree_unflatten(flat, ctx.spec)
-
-
-def _backward_program(served: Any, needs: list[bool], given: list[bool], single: bool, n: int) -> Program:
+def _backward_program(call: _Call, needs: tuple[bool, ...], given: tuple[bool, ...], n: int) -> Program:
     """Gradients of the needed tensor arguments from (tensors, [results,] gradients, other operands)."""
-    lowering, n_outs = served.lowering, len(given)
-    kept = n_outs if lowering.backward is not None else 0
-
-    def call(tensors: Any, numbers: Any) -> Any:
-        tensors, numbers = iter(tensors), iter(numbers)
-        operands = [next(tensors) if is_tensor else next(numbers) for is_tensor in served.operand_kinds]
-        return place(served.template, operands)
+    served, lowering, single = call.served, call.served.lowering, call.single
+    kept = 0 if lowering.backward is None else len(given)
+    arrange = _Call(call.op, call.rule, served, []).operands  # the cache must not keep this call's operands
 
     def run(*operands: Any) -> Any:
         tensors, outs, rest = operands[:n], operands[n : n + kept], list(operands[n + kept :])
         grads = [rest.pop(0) if g else None for g in given]
-        args, kwargs = call(tensors, rest)
         if lowering.backward is not None:
-            found = lowering.backward(grads[0] if single else grads, (*args, *kwargs.values()), outs[0] if single else outs, tuple(needs))
+            args, kwargs = place(served.template, arrange(tensors, rest))
+            found = lowering.backward(
+                grads[0] if single else grads, (*args, *kwargs.values()), outs[0] if single else outs, needs
+            )
         else:
-            wanted = [i for i, need in enumerate(needs) if need]
-
-            def forward(*chosen: Any) -> Any:
-                everything = list(tensors)
-                for i, x in zip(wanted, chosen, strict=True):
-                    everything[i] = x
-                return served.apply(*call(everything, rest))
-
-            out, vjp = jax.vjp(forward, *[tensors[i] for i in wanted])
-            leaves = [out] if single else list(out)
-            cotangents = [jax.numpy.zeros_like(o) if g is None else g.astype(o.dtype) for o, g in zip(leaves, grads, strict=True)]
-            computed = iter(vjp(cotangents[0] if single else type(out)(cotangents)))
-            found = [next(computed) if need else None for need in needs]
+            found = _vjp(tensors, rest, grads)
         pairs = zip(found, tensors, needs, strict=True)
         return [jax.numpy.zeros_like(t) if g is None else g.astype(t.dtype).reshape(t.shape) for g, t, need in pairs if need]
 
-    return Program(run, f"{lowering.op}_backward", True)
+    def _vjp(tensors: Any, rest: list[Any], grads: list[Any]) -> list[Any]:
+        wanted = [i for i, need in enumerate(needs) if need]
 
+        def forward(*chosen: Any) -> Any:
+            everything = list(tensors)
+            for i, x in zip(wanted, chosen, strict=True):
+                everything[i] = x
+            return served.apply(*place(served.template, arrange(everything, rest)))
 
+        out, vjp = jax.vjp(forward, *[tensors[i] for i in wanted])
+        leaves = [out] if single else list(out)
+        cotangents = [jax.numpy.zeros_like(o) if g is None else g.astype(o.dtype) for o, g in zip(leaves, grads, strict=True)]
+        computed = iter(vjp(cotangents[0] if single else type(out)(cotangents)))
+        return [next(computed) if need else None for need in needs]
+
+    return Program(run, f"{lowering.op}_backward", served.program.wide)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import Any
 
@@ -60,7 +61,7 @@ def to_array(t: torch.Tensor, index: int) -> jax.Array:
     t = t.detach().resolve_conj().resolve_neg()
     host = np.array(t.view(_BITS[t.element_size()]).numpy()).view(dtype) if dtype.isbuiltin == 2 else np.array(t.numpy())
     with jax.enable_x64(True):
-        return jax.device_put(host.reshape(tuple(t.shape)), None if index == 0 else jax_device(index))
+        return jax.device_put(host.reshape(tuple(t.shape)), jax_device(index))
 
 
 def from_cpu(t: torch.Tensor, index: int = 0, dtype: torch.dtype | None = None) -> Tensor:
@@ -92,9 +93,15 @@ def jax_device(index: int) -> jax.Device:
     """JAX device number `index` of the default platform.
 
     Raises:
-        PlatformUnavailable: there is no such device.
+        PlatformUnavailable: there is no such device, or none at all.
     """
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        raise errors.PlatformUnavailable(
+            f"device 'jax:{index}' does not exist, since JAX could not start: {error}. The environment variable JAX_PLATFORMS "
+            f"is {os.environ.get('JAX_PLATFORMS', '')!r}; leave it unset, or name a platform that this machine has"
+        ) from error
     if not 0 <= index < len(devices):
         raise errors.PlatformUnavailable(
             f"device 'jax:{index}' does not exist: JAX platform {jax.default_backend()!r} has {len(devices)} device(s), "

@@ -11,7 +11,7 @@ import torch
 from . import convert, random
 
 __all__ = [
-    "amp", "current_device", "device", "device_count", "get_amp_supported_dtype", "get_rng_state", "initial_seed", "is_available",
+    "amp", "current_device", "device", "device_count", "empty_cache", "get_amp_supported_dtype", "get_rng_state", "initial_seed", "is_available",
     "is_initialized", "manual_seed", "manual_seed_all", "max_memory_allocated", "mem_get_info", "memory_allocated", "memory_stats",
     "seed", "set_device", "set_rng_state", "synchronize",
 ]  # fmt: skip
@@ -42,8 +42,11 @@ def _is_in_bad_fork() -> bool:
 
 
 def device_count() -> int:
-    """Number of JAX devices of the default platform."""
-    return len(jax.devices())
+    """Number of JAX devices of the default platform; none where JAX cannot start."""
+    try:
+        return len(jax.devices())
+    except RuntimeError:
+        return 0
 
 
 def current_device() -> int:
@@ -108,6 +111,10 @@ def mem_get_info(device: Any = None) -> tuple[int, int]:
     stats = memory_stats(device)
     total = int(stats.get("bytes_limit", 0))
     return max(total - int(stats.get("bytes_in_use", 0)), 0), total
+
+
+def empty_cache() -> None:
+    """Nothing to do: JAX gives memory back by itself."""
 
 
 # ---------------------------------------------------------------------- random numbers

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 # the methods jax() and torch() hide the modules inside the class
 Array, TorchTensor, Device = jax.Array, torch.Tensor, torch.device
-_LAZY = torch.device("lazy")
 _KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 _make_subclass = torch.Tensor._make_wrapper_subclass
 _strided = torch.strided
@@ -207,7 +206,7 @@ class Tensor(torch.Tensor):
 def make(storage: Storage, meta: TensorMeta, view: View | None = None) -> Tensor:
     """A tensor over `storage`; the fast way, without checks."""
     t = _make_subclass(
-        Tensor, meta.shape, meta.strides, 0 if view is None else view.offset, None, meta.dtype, _strided, _LAZY,
+        Tensor, meta.shape, meta.strides, 0 if view is None else view.offset, None, meta.dtype, _strided, meta.cpp_device,
         False, False, None, False, False, _KEYS,
     )  # fmt: skip
     t._s = storage
@@ -220,8 +219,9 @@ def make(storage: Storage, meta: TensorMeta, view: View | None = None) -> Tensor
 def wrap(value: Any, meta: TensorMeta) -> Tensor:
     """A tensor with a storage of its own for `value`, which must fit `meta`."""
     owner = state.executor.owner
-    storage = Storage(value, meta, owner)
+    storage = Storage(value, meta)
     if owner is not None:
+        storage.owner = owner
         owner.bear(storage)
     return make(storage, meta)
 

@@ -107,8 +107,8 @@ def native_batch_norm_backward(grad_out, input, weight, running_mean, running_va
     mean, rstd = _per_channel(mean, x), _per_channel(rstd, x)
     y = (x - mean) * rstd
     axes = _axes(x)
-    grad_input = None
-    grad_weight = grad_bias = jnp.zeros(x.shape[1], x.dtype)  # torch's meta kernel has tensors here in any case
+    # torch's meta kernel has tensors also where none is asked for
+    grad_input, grad_weight, grad_bias = jnp.zeros_like(x), jnp.zeros(x.shape[1], x.dtype), jnp.zeros(x.shape[1], x.dtype)
     if output_mask[0]:
         scaled = grad if weight is None else grad * _per_channel(wide(weight), x)
         grad_input = (normalized_gradient(scaled, y, rstd, axes) if train else scaled * rstd).astype(input.dtype)

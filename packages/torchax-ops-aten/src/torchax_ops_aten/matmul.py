@@ -169,3 +169,47 @@ def linear(x, weight, bias=None):
     if bias is not None:
         product = product + bias.astype(product.dtype)
     return product.astype(x.dtype)
+
+
+def _batched(grad, x, other):
+    """The operands of a product as stacks of matrices: what is 1-d gets the axis that matmul gives it."""
+    if x.ndim == 1:
+        x, grad = x[None, :], jnp.expand_dims(grad, -1 if other.ndim == 1 else -2)
+    if other.ndim == 1:
+        other, grad = other[:, None], grad[..., None]
+    return grad, x, other
+
+
+def _summed_to(grad, shape):
+    """grad summed over the axes that broadcasting added or stretched."""
+    extra = grad.ndim - len(shape)
+    stretched = tuple(i for i in range(extra, grad.ndim) if shape[i - extra] == 1 and grad.shape[i] != 1)
+    grad = jnp.sum(grad, axis=(*range(extra), *stretched), keepdims=True) if extra or stretched else grad
+    return grad.reshape(shape)
+
+
+def _product(a, b):
+    return jnp.matmul(a, b, preferred_element_type=accumulator(a.dtype))
+
+
+def _matmul_backward(grads, args, result, needs):
+    grad = grads[0] if isinstance(grads, (tuple, list)) else grads
+    x, other = args[:2]
+    grad, a, b = _batched(grad, x, other)
+    gx = gother = None
+    if needs[0]:
+        gx = _summed_to(_product(grad, _conj(jnp.swapaxes(b, -1, -2))), a.shape).reshape(x.shape).astype(x.dtype)
+    if needs[1]:
+        if b.ndim == 2:  # one product over all batches
+            batch = tuple(range(a.ndim - 1))
+            gother = _dot(_conj(a), grad, (batch, batch))
+        else:
+            gother = _summed_to(_product(_conj(jnp.swapaxes(a, -1, -2)), grad), b.shape)
+        gother = gother.reshape(other.shape).astype(other.dtype)
+    return gx, gother
+
+
+@lowering(aten.matmul.default, whole=True, backward=_matmul_backward)
+def matmul(x, other):
+    """The product of (stacks of) matrices and vectors, batch axes broadcast."""
+    return _product(x, other).astype(x.dtype)

@@ -269,3 +269,12 @@ def is_all_true(x):
 def is_any_true(x):
     """Whether an element is true."""
     return jnp.any(x)
+
+
+@lowering(aten.hash_tensor.default)
+def hash_tensor(x, dim=(), *, keepdim=False, mode=0):
+    """The exclusive or of the elements: of the bits of floats (as float64), of integers as uint64."""
+    bits = lax.bitcast_convert_type(x.astype(np.float64), np.uint64) if is_float(x) else x.astype(np.uint64)
+    dims = axes(dim, x.ndim)
+    result = lax.reduce(bits, np.uint64(0), lax.bitwise_xor, dims)
+    return jnp.expand_dims(result, dims) if keepdim else result

@@ -109,6 +109,35 @@ def rnn_relu(input, hx, params, has_biases, num_layers, dropout, train, bidirect
     return _run(_relu_step, input, [hx], params, has_biases, num_layers, bidirectional, batch_first)
 
 
+def _gates(input, hidden, w_ih, w_hh, b_ih, b_hh):
+    return _linear(wide(input), wide(w_ih), wide(b_ih)), _linear(wide(hidden), wide(w_hh), wide(b_hh))
+
+
+@lowering(aten.lstm_cell.default, whole=True)
+def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
+    """One step of LSTM: new hidden and cell state."""
+    x, h = _gates(input, hx[0], w_ih, w_hh, b_ih, b_hh)
+    return tuple(t.astype(input.dtype) for t in _lstm_gates(x + h, wide(hx[1])))
+
+
+@lowering(aten.gru_cell.default, whole=True)
+def gru_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
+    """One step of GRU: the new hidden state."""
+    return _gru_gates(*_gates(input, hx, w_ih, w_hh, b_ih, b_hh), wide(hx)).astype(input.dtype)
+
+
+@lowering(aten.rnn_tanh_cell.default, whole=True)
+def rnn_tanh_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
+    """One step of the plain RNN with tanh."""
+    return jnp.tanh(sum(_gates(input, hx, w_ih, w_hh, b_ih, b_hh))).astype(input.dtype)
+
+
+@lowering(aten.rnn_relu_cell.default, whole=True)
+def rnn_relu_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
+    """One step of the plain RNN with relu."""
+    return jax.nn.relu(sum(_gates(input, hx, w_ih, w_hh, b_ih, b_hh))).astype(input.dtype)
+
+
 def _biased(gates, bias):
     return wide(gates) if bias is None else wide(gates) + wide(bias)
 

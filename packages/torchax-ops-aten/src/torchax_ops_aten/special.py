@@ -5,7 +5,8 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.scipy.special import log_ndtr, ndtri, zeta
+from jax.scipy.special import log_ndtr, ndtri
+from jax.scipy.special import zeta as positive_zeta
 from torchax.ops import aten, lowering, table
 
 
@@ -30,10 +31,10 @@ def polygamma(n, x):
     if n == 1:
         # reflection: trigamma(x) = (pi / sin(pi x))**2 - trigamma(1 - x)
         low = x < 0.5
-        upper = zeta(jnp.full_like(x, 2), jnp.where(low, 1 - x, x))
+        upper = positive_zeta(jnp.full_like(x, 2), jnp.where(low, 1 - x, x))
         return jnp.where(low, (math.pi / jnp.sin(math.pi * x)) ** 2 - upper, upper)
     sign = 1.0 if n % 2 else -1.0
-    return sign * jnp.exp(lax.lgamma(jnp.full_like(x, n + 1))) * zeta(jnp.full_like(x, n + 1), x)
+    return sign * jnp.exp(lax.lgamma(jnp.full_like(x, n + 1))) * _zeta(jnp.full_like(x, n + 1), x)
 
 
 @lowering(
@@ -41,7 +42,28 @@ def polygamma(n, x):
 )
 def hurwitz_zeta(x, other):
     """The Hurwitz zeta function: the sum of (k + other)**-x."""
-    return zeta(x, other)
+    return _zeta(*jnp.broadcast_arrays(x, other))
+
+
+_FARTHEST = 4096  # terms of the series for a negative `q` that are summed; what is left out is below float32's precision
+
+
+def _zeta(x, q):
+    """JAX's zeta for positive q; the terms below 0 are added one by one, as Cephes does."""
+    whole = jnp.floor(q)
+    start = jnp.where(q < -_FARTHEST, q - whole - _FARTHEST, q)
+
+    def add_term(state):
+        total, a = state
+        below = a <= 0
+        term = jnp.abs(a) ** -x * jnp.where((x % 2 == 1) & (a < 0), -1, 1).astype(x.dtype)
+        return jnp.where(below, total + term, total), jnp.where(below, a + 1, a)
+
+    total, a = lax.while_loop(lambda state: jnp.any(state[1] <= 0), add_term, (jnp.zeros_like(start), start))
+    result = total + positive_zeta(x, a)
+    result = jnp.where((q <= 0) & (x != jnp.floor(x)), jnp.nan, result)
+    result = jnp.where((q <= 0) & (q == whole), jnp.inf, result)
+    return jnp.where(x == 1, jnp.inf, jnp.where(x < 1, jnp.nan, result))
 
 
 @lowering(aten.igamma.default, promote="int_to_float")

@@ -23,31 +23,25 @@ class Program:
 
     Attributes:
         fn: the function; called directly while tracing.
+        jitted: its compiled form, whose results never share a buffer with operands (a later donation would free both).
         name: the op, for messages.
         wide: 64-bit values or Python numbers take part: it must run in JAX's 64-bit mode.
         placement: the device for a program without array operands, where it is not the default one.
     """
 
-    __slots__ = ("_jitted", "fn", "name", "placement", "wide")
+    __slots__ = ("fn", "jitted", "name", "placement", "plain", "wide")
 
     def __init__(self, fn: Callable[..., Any], name: str, wide: bool = True, placement: jax.Device | None = None):
         self.fn, self.name, self.wide, self.placement = fn, name, wide, placement
-        self._jitted: Any = None
+        self.plain = not wide and placement is None  # can be called as it is
 
-    @property
-    def jitted(self) -> Callable[..., Any]:
-        """The compiled form. Its results never share a buffer with its operands (a later donation would free both)."""
-        if self._jitted is None:
-            fn = self.fn
+        def run(*operands: Any) -> Any:
+            out = fn(*operands)
+            taken = {id(o) for o in operands}
+            return jax.tree.map(lambda x: jnp.copy(x) if id(x) in taken else x, out)
 
-            def run(*operands: Any) -> Any:
-                out = fn(*operands)
-                taken = {id(o) for o in operands}
-                return jax.tree.map(lambda x: jnp.copy(x) if id(x) in taken else x, out)
-
-            run.__name__ = self.name.replace("::", "_").replace(".", "_")  # shows in profiles and HLO
-            self._jitted = jax.jit(run)
-        return self._jitted
+        run.__name__ = name.replace("::", "_").replace(".", "_")  # shows in profiles and HLO
+        self.jitted = jax.jit(run)
 
 
 class Executor(Protocol):
