@@ -91,9 +91,9 @@ class Run:
 
 def load(seed: int) -> tuple[Batch, Batch]:
     """Images as float32 (n, 1, 8, 8) in 0..1 and labels (n,): a training set and 20 % held out."""
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    labels = torch.tensor(digits.target, dtype=torch.int64)
+    pixels, digits = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    labels = torch.tensor(digits, dtype=torch.int64)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     train, held = order[360:], order[:360]
     return (images[train], labels[train]), (images[held], labels[held])
@@ -179,7 +179,7 @@ def plot(runs: dict[str, dict[str, Run]], path: pathlib.Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Train two networks on handwritten digits.")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder of the plot")

@@ -24,7 +24,7 @@ def _environment() -> None:
             flags.append(flag)
     os.environ["XLA_FLAGS"] = " ".join(flags)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -107,7 +107,7 @@ def compile_counter() -> Iterator[CompileCounter]:
     counter = CompileCounter()
     _COUNTERS.append(counter)
     try:
-        jax.jit(lambda a: a * 3 + id(counter) % 7)(1.0)
+        jax.jit(lambda a: a * 3)(1.0)  # a new function: not in the in-process cache
         assert counter.count, "jax reports no compilation: the counter would be worthless"
         counter.reset()
         yield counter
@@ -153,11 +153,11 @@ def assert_same() -> Callable[..., None]:
 @pytest.fixture
 def config() -> Iterator[Any]:
     """`torchax.config`, put back as it was when the test ends."""
-    public = {k: v for k, v in vars(torchax.config).items() if not k.startswith("__")}
+    before = {name: option.value for name, option in torchax.config.options().items()}
     yield torchax.config
-    for key, value in public.items():
-        if getattr(torchax.config, key) is not value:
-            setattr(torchax.config, key, value)
+    for name, value in before.items():
+        if getattr(torchax.config, name) is not value:
+            setattr(torchax.config, name, value)
 
 
 @pytest.fixture

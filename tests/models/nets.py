@@ -72,8 +72,12 @@ class UNet(nn.Module):
             self.up1 = nn.ConvTranspose2d(2 * width, width, 3, stride=2, padding=1, output_padding=1)
         else:
             corners = None if up == "nearest" else up == "bicubic"
-            self.up2 = nn.Sequential(nn.Upsample(scale_factor=2, mode=up, align_corners=corners), nn.Conv2d(4 * width, 2 * width, 1))
-            self.up1 = nn.Sequential(nn.Upsample(scale_factor=2, mode=up, align_corners=corners), nn.Conv2d(2 * width, width, 1))
+            self.up2 = nn.Sequential(
+                nn.Upsample(scale_factor=2, mode=up, align_corners=corners), nn.Conv2d(4 * width, 2 * width, 1)
+            )
+            self.up1 = nn.Sequential(
+                nn.Upsample(scale_factor=2, mode=up, align_corners=corners), nn.Conv2d(2 * width, width, 1)
+            )
         self.join2, self.join1 = block(4 * width, 2 * width), block(2 * width, width)
         self.head = nn.Conv2d(width, 2, 1)
 
@@ -147,6 +151,8 @@ class CrossAttention(nn.Module):
             width, 4, kdim=24, vdim=20, add_bias_kv=True, add_zero_attn=True, batch_first=True
         )
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding: torch.Tensor
+    ) -> torch.Tensor:
         with_weights, _ = self.attention(query, key, value, key_padding_mask=padding)
         return with_weights + self.attention(query, key, value, key_padding_mask=padding, need_weights=False)[0]

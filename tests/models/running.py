@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torchax
 from models.zoo import Model
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -56,12 +57,12 @@ def floats(output: Any) -> list[torch.Tensor]:
     return [x for x in _tensors(output) if x.is_floating_point()]
 
 
-def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    for leaf in tree_flatten(output)[0]:
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    for leaf in tree_flatten(tree)[0]:
         if isinstance(leaf, torch.Tensor):
             yield leaf
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type):  # a cache and its layers
-            yield from _tensors([v for _, v in sorted(vars(leaf).items()) if isinstance(v, (torch.Tensor, list, tuple, dict)) or "Layer" in type(v).__name__])
+        elif type(leaf).__name__.endswith(("Cache", "Layer")):  # what pytree does not know: caches and their layers
+            yield from _tensors([value for _, value in sorted(vars(leaf).items())])
 
 
 def loss_of(module: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
@@ -81,7 +82,9 @@ def loss_of(module: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 def relative_error(got: torch.Tensor, want: torch.Tensor, floor: float = 0.0) -> float:
     """The largest difference, relative to the largest value (at least `floor`) of `want`."""
     assert isinstance(got, torch.Tensor) and got.device.type == "jax", f"the result is on {got.device}"
-    assert got.shape == want.shape and got.dtype == want.dtype, f"{got.dtype}{[*got.shape]}, torch: {want.dtype}{[*want.shape]}"
+    assert got.shape == want.shape and got.dtype == want.dtype, (
+        f"{got.dtype}{[*got.shape]}, torch: {want.dtype}{[*want.shape]}"
+    )
     got, want = got.detach().cpu().double(), want.detach().double()
     if not want.numel():
         return 0.0
@@ -128,11 +131,13 @@ def train(module: torch.nn.Module, inputs: dict[str, Any], steps: int = STEPS, *
 def compare_named(got: dict[str, torch.Tensor | None], want: dict[str, torch.Tensor | None], tolerance: float) -> None:
     """Gradients or parameters by name. One that is zero but for rounding is held against the largest of them."""
     assert list(got) == list(want)
-    largest = max(float(w.abs().max()) for w in want.values() if w is not None and w.numel())
+    largest = max((float(w.abs().max()) for w in want.values() if w is not None and w.numel()), default=0.0)
     wrong = []
     for name, w in want.items():
         g = got[name]
-        assert (g is None) == (w is None), f"{name}: {'no' if g is None else 'a'} gradient, torch: {'none' if w is None else 'one'}"
+        assert (g is None) == (w is None), (
+            f"{name}: {'no' if g is None else 'a'} gradient, torch: {'none' if w is None else 'one'}"
+        )
         if g is None or w is None:
             continue
         error = relative_error(g, w, floor=1e-2 * largest)
@@ -146,9 +151,9 @@ def check_forward(pair: Pair) -> None:
         assert_close(pair.jax(**to("jax", pair.inputs)), pair.cpu(**pair.inputs), 1e-4)
 
 
-def check_compiled(pair: Pair, compile_: Callable[..., Any]) -> None:
+def check_compiled(pair: Pair) -> None:
     with torch.no_grad():
-        compiled, inputs = compile_(pair.jax), to("jax", pair.inputs)
+        compiled, inputs = torchax.compile(pair.jax), to("jax", pair.inputs)
         want = pair.cpu(**pair.inputs)
         assert_close(compiled(**inputs), want, 1e-4, "first call:")
         assert_close(compiled(**inputs), want, 1e-4, "second call:")
@@ -170,7 +175,7 @@ def check_steps(pair: Pair, **options: Any) -> None:
         assert relative_error(g, w) < 1e-4, f"loss of step {i}: {g.item()}, torch: {w.item()}"
     assert got[-1].item() != got[0].item()
     compare_named(dict(jax_.named_parameters()), dict(cpu.named_parameters()), 1e-4)
-    compare_named(dict(jax_.named_buffers()) or {"": None}, dict(cpu.named_buffers()) or {"": None}, 1e-4)
+    compare_named(dict(jax_.named_buffers()), dict(cpu.named_buffers()), 1e-4)
 
 
 def check_generate(pair: Pair) -> None:

@@ -77,7 +77,8 @@ def test_install_use_uninstall(tmp_path: pathlib.Path) -> None:
 
     venv.create(place, with_pip=True)
     python = place / "bin" / "python"
-    install = (python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--find-links", wheels)
+    install = (python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-compile")
+    install = (*install, "--find-links", wheels)
 
     def plugins() -> dict[str, str]:
         out = call(place / "bin" / "torchax-ops", "plugins", "--format", "json", cwd=empty)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torchax
+
 from helpers import run_python
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

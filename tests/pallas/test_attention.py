@@ -25,7 +25,9 @@ def test_fused_attention_equals_reference(dtype, keys, causal):
     expected = reference.attention(query, key, value, causal, 0.125)
     assert out.dtype == dtype and out.shape == query.shape
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
-    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), np.asarray(expected, np.float32), rtol=tolerance, atol=tolerance
+    )
 
 
 def test_gradients_equal_those_of_reference():

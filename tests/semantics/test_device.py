@@ -102,7 +102,14 @@ def test_accelerator_functions(jax_devices):
 def test_default_device():
     try:
         torch.set_default_device("jax")
-        made = [torch.ones(2), torch.randn(3), torch.tensor([1, 2]), torch.arange(3), torch.nn.Linear(2, 3).weight, torch.full((2,), 1.5)]
+        made = [
+            torch.ones(2),
+            torch.randn(3),
+            torch.tensor([1, 2]),
+            torch.arange(3),
+            torch.nn.Linear(2, 3).weight,
+            torch.full((2,), 1.5),
+        ]
         assert all(t.device.type == "jax" for t in made)
         assert torch.get_default_device().type == "jax"
         assert torch.ones(2, device="cpu").device.type == "cpu"
@@ -264,7 +271,13 @@ def test_indices_may_lie_on_cpu():
 
 @pytest.mark.parametrize("index", [99, 4])
 def test_factories_refuse_a_device_that_is_not_there(index):
-    for make in (lambda d: torch.ones(2, device=d), lambda d: torch.empty(2, device=d), lambda d: torch.ones(2).to(d), lambda d: torch.ones(2, device="jax").to(d), lambda d: torch.tensor([1.0], device=d)):
+    for make in (
+        lambda d: torch.ones(2, device=d),
+        lambda d: torch.empty(2, device=d),
+        lambda d: torch.ones(2).to(d),
+        lambda d: torch.ones(2, device="jax").to(d),
+        lambda d: torch.tensor([1.0], device=d),
+    ):
         with pytest.raises(torchax.errors.PlatformUnavailable, match=f"jax:{index}.*4 device"):
             make(f"jax:{index}")
 

@@ -50,7 +50,19 @@ def main(extras: set[str]) -> int:
     print(
         f"installing {TORCH}, the five distributions and extras {sorted(extras)}: this takes a few minutes", flush=True
     )
-    command = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", TORCH, *editable, "-e", wanted]
+    command = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--disable-pip-version-check",
+        "--no-compile",
+        TORCH,
+        *editable,
+        "-e",
+        wanted,
+    ]
     code = subprocess.run(command, cwd=ROOT).returncode
     if code:
         print(f"the installation failed: {' '.join(command)}", file=sys.stderr)

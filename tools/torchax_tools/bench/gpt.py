@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def gpt() -> Iterator[Row]:
     jmodel = GPT().eval()
     jmodel.load_state_dict(model.state_dict())
     jmodel = jmodel.to("jax")
-    ours: Any = {k: v.detach().jax() for k, v in jmodel.named_parameters()}
+    ours = {k: cast("Any", v.detach()).jax() for k, v in jmodel.named_parameters()}
     our_forward = jax_view(lambda p, i: torch.func.functional_call(jmodel, p, (i,)))
     our_loss = jax_view(
         lambda p, i: F.cross_entropy(torch.func.functional_call(jmodel, p, (i,)).flatten(0, 1), i.flatten().long())

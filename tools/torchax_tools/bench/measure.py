@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import torch
+from torchax.tensor import Tensor
 
 Thunk = Callable[[], Any]
 
@@ -54,8 +54,8 @@ class Row:
 def wait(result: Any) -> None:
     """Until the arrays in `result` (tensors, arrays, or nests of them) are there."""
     for leaf in jax.tree.leaves(result):
-        if isinstance(leaf, torch.Tensor):
-            leaf = leaf.detach().jax() if leaf.device.type == "jax" else None
+        if isinstance(leaf, Tensor):
+            leaf = leaf.detach().jax()
         if isinstance(leaf, jax.Array):
             leaf.block_until_ready()
 

@@ -15,7 +15,7 @@ import torch
 from torch.optim.optimizer import _foreach_supported_types
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from . import _accelerator, _core_ops, _loading, amp, device
+from . import _accelerator, _core_ops, _loading, amp, convert, device
 from ._dispatch import RULES
 from ._registry import REGISTRY
 from ._whole import whole_kernel
@@ -43,6 +43,10 @@ def install() -> None:
     _libraries[1].impl("_efficientzerotensor", _efficient_zeros)
     for library in _libraries:
         library.impl("_copy_from", _copy_from)
+    for key, name in _UNSUPPORTED:
+        library = torch.library.Library("aten", "IMPL", key)
+        library.impl(name, _refusing(torch._C.DispatchKey.CompositeExplicitAutograd, _overload(f"aten::{name}")))
+        _libraries.append(library)
     _accelerator.install()
     amp.install()
     _loading.install()
@@ -109,6 +113,27 @@ def _register_factory(name: str) -> None:
 def _copy_from(src: torch.Tensor, dst: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """What ``copy_`` comes to where torch keeps `__torch_dispatch__` out (``torch.tensor(..., device="jax")``)."""
     return _core_ops.copy_((dst, src), {})
+
+
+# where tensors that are not dense pass on their way to the device
+_UNSUPPORTED = (
+    ("SparseCPU", "_to_copy"), ("SparseCsrCPU", "_to_copy"), ("MkldnnCPU", "_to_copy"), ("QuantizedCPU", "_to_copy"),
+    ("NestedTensorPrivateUse1", "_to_copy"), ("SparsePrivateUse1", "empty.memory_format"), ("QuantizedPrivateUse1", "empty.memory_format"),
+)  # fmt: skip
+
+
+def _refusing(composite: Any, op: Any) -> Callable[..., Any]:
+    """`op` as torch does it, except that what no `jax.Array` can hold does not go to device ``jax``."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        if torch.device(kwargs.get("device") or "cpu").type in ("jax", "lazy"):
+            if isinstance(args[0], torch.Tensor):
+                convert.check_dense(args[0])
+            else:
+                _core_ops.refuse_layout(kwargs.get("layout"))
+        return op._op_dk(composite, *args, **kwargs)
+
+    return kernel
 
 
 def _efficient_zeros(size: Any, **kwargs: Any) -> torch.Tensor:

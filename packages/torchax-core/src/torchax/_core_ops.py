@@ -90,8 +90,12 @@ def _dense_part(size: tuple[int, ...], stride: tuple[int, ...]) -> list[tuple[in
 def _dtype_and_layout(kwargs: dict[str, Any]) -> torch.dtype:
     layout = kwargs.get("layout")
     if layout not in (None, torch.strided):
-        raise errors.UnsupportedLayout(f"a tensor on device 'jax' is dense; got layout {layout}. Make it without layout=")
+        refuse_layout(layout)
     return kwargs.get("dtype") or torch.get_default_dtype()
+
+
+def refuse_layout(layout: Any) -> None:
+    raise errors.UnsupportedLayout(f"a tensor on device 'jax' is dense; got layout {layout}. Make it without layout=")
 
 
 def _zeros(meta: TensorMeta) -> Tensor:
@@ -166,7 +170,7 @@ def resize(t: Tensor, size: tuple[int, ...], strides: tuple[int, ...]) -> None:
 
 def _flat_grown(value: Any, geometry: TensorMeta, n: int) -> Any:
     order, m = physical_order(geometry), geometry.numel
-    program = Program(lambda v: jnp.pad(jnp.transpose(v, order).reshape(-1), (0, n - m)), "aten::resize_", geometry.wide)
+    program = Program(lambda v: jnp.pad(jnp.transpose(v, order).reshape(-1), (0, n - m)), "aten::resize_", geometry.wide, geometry.index)
     return state.executor.run(program, (value,))
 
 
@@ -292,3 +296,10 @@ def nested_tensor_from_mask_left_aligned(args: tuple[Any, ...], kwargs: dict[str
     return False
 
 
+@core_rule("aten::_pack_padded_sequence")
+def pack_padded_sequence(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lengths and batch sizes are on CPU, so CPU torch packs the numbers of the steps, by which the steps are gathered."""
+    data, lengths, batch_first = args
+    numbers = torch.arange(data.shape[0] * data.shape[1]).view(data.shape[:2])
+    order, batch_sizes = torch._pack_padded_sequence(numbers, lengths, batch_first)
+    return data.flatten(0, 1).index_select(0, order.to(data.device)), batch_sizes

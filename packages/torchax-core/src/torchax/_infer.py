@@ -20,13 +20,26 @@ class NoMeta(Exception):
 
 
 def infer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int, fresh: bool = False) -> Any:
-    """What `func` gives on tensors of this metadata: the same nest, with a `TensorMeta` for each tensor.
+    """What `func` gives on tensors of this metadata: the same nest, with a `TensorMeta` on device `index` for each tensor.
+
+    Arguments and errors as for `run_on_meta`.
+    """
+    out = run_on_meta(func, args, kwargs, fresh)
+    return tree_map(lambda m: describe(m, index) if isinstance(m, torch.Tensor) else m, out)
+
+
+def describe(m: torch.Tensor, index: int) -> TensorMeta:
+    """The metadata of a meta tensor, on device `index`."""
+    return meta_of(tuple(m.shape), tuple(m.stride()), m.dtype, index)
+
+
+def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fresh: bool = False) -> Any:
+    """What `func` gives on meta tensors of this metadata.
 
     Args:
         func: the op.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        index: device of the results.
         fresh: the op changes its operands, so they must not be the cached ones.
 
     Raises:
@@ -34,11 +47,13 @@ def infer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int, 
         Exception: what CPU torch raises for these arguments.
     """
 
+    sizes_on_host = any(a.name == "batch_sizes" for a in func._schema.arguments)  # of packed sequences: their values are read
+
     def on_meta(x: Any) -> Any:
         if type(x) is Tensor:
             return x._m.fresh_on_meta() if fresh else x._m.on_meta()
         if isinstance(x, torch.Tensor):
-            return x if x.dim() == 0 else x.to("meta")
+            return x if x.dim() == 0 or sizes_on_host else x.to("meta")
         if isinstance(x, torch.device):
             return torch.device("meta")
         return None if isinstance(x, torch.Generator) else x
@@ -46,16 +61,11 @@ def infer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int, 
     margs, mkwargs = tree_map(on_meta, args), tree_map(on_meta, kwargs)
     try:
         with torch.no_grad():
-            out = func(*margs, **mkwargs)
+            return func(*margs, **mkwargs)
     except (NotImplementedError, torch._subclasses.fake_tensor.DynamicOutputShapeException) as error:
         raise NoMeta(str(error)) from None
     except Exception as error:
         raise (_cpu_error(func, args, kwargs) or error) from None
-    return tree_map(lambda m: _describe(m, index) if isinstance(m, torch.Tensor) else m, out)
-
-
-def _describe(m: torch.Tensor, index: int) -> TensorMeta:
-    return meta_of(tuple(m.shape), tuple(m.stride()), m.dtype, index)
 
 
 def _cpu_error(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:

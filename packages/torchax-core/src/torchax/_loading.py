@@ -1,4 +1,4 @@
-"""`torch.load(map_location="jax")`: CPU storages that are read for us, and `set_` onto them."""
+"""`torch.load(map_location="jax")`: stand-ins for CPU storages that were read, and `set_` onto them."""
 
 from __future__ import annotations
 
@@ -13,27 +13,45 @@ from .tensor import Tensor, make
 
 
 class LoadedStorage(torch.UntypedStorage):
-    """A CPU storage that calls itself a storage on device ``jax``: torch then asks for a tensor there and `set_`s it."""
+    """A storage that calls itself one on device ``jax``: torch then asks for a tensor there and `set_`s it. The bytes are in `source`."""
 
-    _target: torch.device
+    target: torch.device
+    source: torch.UntypedStorage
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return self._target
+        return self.target
+
+    def nbytes(self) -> int:
+        return self.source.nbytes()
+
+    size = __len__ = nbytes
+
+    def _set_from_file(self, *args: Any) -> Any:  # the old format reads the bytes last
+        return self.source._set_from_file(*args)  # type: ignore[attr-defined]
 
 
 def deserialize(storage: Any, location: str) -> Any:
     """`torch.serialization`'s hook: storages for location ``jax`` or ``jax:N``."""
     if not str(location).startswith("jax"):
         return None
-    target = torch.device(location)
-    if target.type != "jax":
-        return None
-    convert.jax_device(target.index or 0)
-    loaded = storage._weak_ref() if False else LoadedStorage._new_with_weak_ptr(storage._weak_ref())
-    loaded._target = torch.device("jax", target.index or 0)
-    loaded._source = storage
+    target = torch.device("jax", torch.device(location).index or 0)
+    with forgetting_location():
+        convert.jax_device(target.index)
+    loaded = LoadedStorage(0)
+    loaded.target, loaded.source = target, getattr(storage, "source", storage)
     return loaded
+
+
+class forgetting_location:
+    """torch keeps the ``map_location`` of a `torch.load` that failed, and would apply it to the next plain `pickle.load`."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, *exc: object) -> None:
+        if kind is not None:
+            torch.serialization._serialization_tls.map_location = None
 
 
 def tag(storage: Any) -> str | None:
@@ -50,7 +68,7 @@ def tensor_on_storage(t: Tensor, storage: Any, offset: int = 0, size: Any = None
         meta = meta_of(size, stride, t.dtype, geometry.index)
         return make(storage._storage, meta, strided_view(geometry, size, stride, offset))
     cpu = torch.empty(0, dtype=t.dtype)
-    source = getattr(storage, "_source", storage)
+    source = getattr(storage, "source", storage)
     if size is None:
         cpu.set_(source)
     else:
@@ -61,5 +79,5 @@ def tensor_on_storage(t: Tensor, storage: Any, offset: int = 0, size: Any = None
 
 
 def install() -> None:
-    """Tell `torch.load` about device ``jax``."""
-    torch.serialization.register_package(30, tag, deserialize)
+    """Tell `torch.load` about device ``jax``, before torch's own hook, which would copy bytes to the device."""
+    torch.serialization.register_package(5, tag, deserialize)

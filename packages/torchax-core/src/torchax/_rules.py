@@ -135,6 +135,8 @@ class FunctionalRule:
     def resolve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
         """Who serves calls like this one, and what they give."""
         func = self.func
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type not in ("jax", "lazy"):  # ones_like(x, device="cpu")
+            return Entry(None, lambda a, k: func(*tree_map(lambda x: _stand_in(x, k["device"]), a), **k), None, (), 0, None)
         index = _device_index(func, args, kwargs)
         entry = self._choose(args, kwargs, index)
         template = self.signature.template(args, kwargs, everything=entry is None and self.element is None)
@@ -169,8 +171,7 @@ class FunctionalRule:
         wide = any(type(o) is not Tensor or o._m.wide for o in operands) or any(
             type(m) is TensorMeta and m.wide for m in tree_flatten(metas)[0]
         )
-        placement = convert.jax_device(index) if index and not any(type(o) is Tensor for o in operands) else None
-        resolved = Entry(Program(run, func.name(), wide or random_op, placement), apply, metas, template, index, entry)
+        resolved = Entry(Program(run, func.name(), wide or random_op, index), apply, metas, template, index, entry)
         resolved.operand_kinds = tuple(type(o) is Tensor for o in operands)
         return resolved
 
@@ -238,7 +239,10 @@ class FunctionalRule:
     def _dynamic(self, entry: Entry, operands: list[Any]) -> Any:
         executor = state.executor
         arrays = [executor.read(o) if type(o) is Tensor else o for o in operands]
-        if any(isinstance(a, jax.core.Tracer) for a in arrays):
+        traced = any(isinstance(a, jax.core.Tracer) for a in arrays)
+        if traced and not self.func._schema.returns:  # a check of values
+            return None
+        if traced:
             raise errors.DataDependentShape(
                 f"{self.func}: the shape of its result depends on values, which are not known while a function is traced. "
                 "Use a form of fixed size (torch.where, masked sums, nonzero_static), or call it outside of the compiled function"
@@ -246,6 +250,8 @@ class FunctionalRule:
         a, k = place(entry.template, arrays)
         with jax.enable_x64(True):
             out = entry.apply(a, k)
+        if not self.func._schema.returns:
+            return None
         from . import dtypes
 
         return tree_map(lambda x: wrap(jax.numpy.asarray(x), dense_meta(tuple(x.shape), dtypes.to_torch(x.dtype), entry.index)), out)
@@ -257,6 +263,10 @@ class FunctionalRule:
         entry.program, entry.lowering, entry.metas, entry.plain = None, None, None, False
         entry.apply = lambda a, k: op_by_op(func, decompose, a, k)
         return entry.apply(args, kwargs)
+
+
+def _stand_in(x: Any, device: Any) -> Any:
+    return torch.empty_strided(x._m.shape, x._m.strides, dtype=x.dtype, device=device) if type(x) is Tensor else x
 
 
 _HIDDEN = {"device", "memory_format", "generator", "non_blocking", "pin_memory", "layout"}
@@ -307,18 +317,21 @@ def _device_index(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> i
                 found = x._m.index
             elif found != x._m.index and x._m.shape:
                 raise _mixed(f"jax:{found}", f"jax:{x._m.index}", func)
-        elif isinstance(x, torch.Tensor) and x.dim() and not _takes_host(func):
+        elif isinstance(x, torch.Tensor) and x.dim() and not _takes_host(func, x):
             host = x.device
     if host is not None:
         raise _mixed(f"jax:{found or 0}", str(host), func)
-    if found is None:
-        device = kwargs.get("device")
-        found = _core_ops.current_index(device)
-    return found
+    device = kwargs.get("device")
+    return _core_ops.current_index(device) if found is None or device is not None else found
 
 
-def _takes_host(func: Any) -> bool:
-    return func._schema.name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index", "aten::_unsafe_index_put")
+_INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index", "aten::_unsafe_index_put"}
+
+
+def _takes_host(func: Any, x: torch.Tensor) -> bool:
+    """Whether the op takes `x` on CPU beside tensors on the device: indices, and the batch sizes of packed sequences."""
+    schema = func._schema
+    return schema.name in _INDEXING or (x.dtype is torch.int64 and any(a.name == "batch_sizes" for a in schema.arguments))
 
 
 def _mixed(a: str, b: str, func: Any) -> RuntimeError:
@@ -412,7 +425,7 @@ def prepare_out(out: Tensor, meta: Any, func: Any) -> None:
     """Resize ``out=`` to the result as torch does, after checking that the result can be cast to its dtype."""
     if not isinstance(meta, TensorMeta):
         return
-    if type(out) is not Tensor:
+    if type(out) is not Tensor or out._m.index != meta.index:
         raise _mixed(f"jax:{meta.index}", str(out.device), func)
     if not torch.can_cast(meta.dtype, out.dtype):
         raise RuntimeError(

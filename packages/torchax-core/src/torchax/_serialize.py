@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from . import convert
-from ._storage import Storage, meta_of
-from ._views import strided_view
+from ._loading import forgetting_location
+from ._storage import Storage
 from .tensor import Tensor, make
 
 
@@ -31,6 +31,17 @@ def deepcopy(t: Tensor, memo: dict[int, Any]) -> Tensor:
     return _finish(twin, t, memo)
 
 
+def shallow_copy(t: Tensor) -> Tensor:
+    """`copy.copy`: another tensor on the same storage, with the same attributes."""
+    twin = make(t._s, t._m, t._v)
+    if isinstance(t, torch.nn.Parameter):
+        twin = torch.nn.Parameter(twin, t.requires_grad)
+    else:
+        twin.requires_grad_(t.requires_grad)
+    twin.__dict__.update({k: v for k, v in t.__dict__.items() if k not in _OWN})
+    return twin  # type: ignore[return-value]
+
+
 def _finish(twin: Tensor, t: Tensor, memo: dict[int, Any]) -> Tensor:
     memo[id(t)] = twin
     twin.requires_grad_(t.requires_grad)
@@ -47,8 +58,6 @@ def _finish(twin: Tensor, t: Tensor, memo: dict[int, Any]) -> Tensor:
 _OWN = {"_s", "_m", "_v", "_cache", "_is_param"}
 
 
-
-
 def reduce(t: Tensor) -> Any:
     """`Tensor.__reduce_ex__`: the storage's values as a CPU tensor (its own storage is shared by all who share ours)."""
     if isinstance(t, torch.nn.Parameter):
@@ -63,14 +72,22 @@ def reduce(t: Tensor) -> Any:
 
 def rebuild(values: torch.Tensor, device: str, requires_grad: bool, kind: str, extra: dict[str, Any]) -> torch.Tensor:
     """What a pickled tensor becomes: on its device, or where ``torch.load(map_location=...)`` says."""
-    target = torch.device(torch._utils._get_restore_location(device))
-    result = convert.restore(values, target)
+    with forgetting_location():
+        result = convert.restore(values, torch.device(_location(device, values)))
     if kind == "Parameter":
         result = torch.nn.Parameter(result, requires_grad)
     else:
         result.requires_grad_(requires_grad)
     result.__dict__.update(extra)
     return result
+
+
+def _location(device: str, values: torch.Tensor) -> Any:
+    map_location = torch.serialization._serialization_tls.map_location
+    if not callable(map_location):
+        return torch._utils._get_restore_location(device)
+    storage = map_location(values.untyped_storage(), device)  # as torch asks it for storages
+    return device if storage is None else storage.device
 
 
 torch.serialization.add_safe_globals([rebuild])

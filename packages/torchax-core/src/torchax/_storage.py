@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,24 @@ class GrownStorage(Storage):
     @version.setter
     def version(self, version: int) -> None:
         pass  # writing the value has counted
+
+
+class PendingStorage(Storage):
+    """A storage whose payload is made when it is first asked for; it is a plain one from then on."""
+
+    def __init__(self, make: Callable[[], Any], geometry: TensorMeta):
+        self._make, self.geometry = make, geometry
+
+    @property
+    def value(self) -> Any:  # type: ignore[override]
+        self.value = value = self._make()
+        return value
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self.__class__ = Storage
+        self.value = value
+        self.__dict__.pop("_make", None)
 
 
 def grow(storage: Storage, larger: Storage) -> Storage:

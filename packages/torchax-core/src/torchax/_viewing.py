@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ._dispatch import RULES
-from ._infer import infer
-from ._registry import REGISTRY, Lowering
-from ._storage import TensorMeta, meta_of
+from ._infer import describe, run_on_meta
+from ._registry import Lowering
+from ._storage import meta_of
 from ._twins import functional_twin
 from ._views import View, intern_step, root, strided_view
 from .tensor import Tensor, become, make
@@ -19,7 +21,7 @@ Rule = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 def view_rule(func: Any, entry: Lowering) -> Rule:
     """The rule of an op that gives one alias of its first argument."""
     name, read, inverse, prepare = func.name(), entry.fn, entry.inverse, entry.prepare
-    cache: dict[Any, Any] = {}
+    cache: dict[Any, Any] = {}  # (metadata, static arguments) -> metadata of the view, step, offset
     defaults = _defaults(func)
 
     def rule(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -28,17 +30,18 @@ def view_rule(func: Any, entry: Lowering) -> Rule:
         if kwargs or len(rest) < len(defaults):
             rest = _complete(rest, kwargs, defaults)
         meta = t._m
-        prepared = prepare(meta.shape, meta.strides, *rest) if prepare is not None else None
+        prepared = None if prepare is None else prepare(meta.shape, meta.strides, *rest)
         if prepared is None:
             static, positions, delta = tuple([tuple(a) if type(a) is list else a for a in rest]), (), None
         else:
             static, positions, delta = prepared
-        key = (meta, static)
-        hit = cache.get(key)
-        if hit is None or (prepared is None and prepare is not None):
-            out, offset = view_meta(func, t, rest)
-            identity = out is meta and not positions and prepare is not None and prepared is not None
-            hit = cache[key] = (out, None if identity else intern_step(name, read, inverse, static, len(positions)), offset)
+        hit = cache.get((meta, static))
+        if hit is None or (prepared is None and prepare is not None):  # unprepared arguments are wrong: let torch say so
+            m = run_on_meta(func, (t, *rest), {})
+            out = describe(m, meta.index)
+            identity = prepared is not None and out is meta and not positions
+            step = None if identity else intern_step(name, read, inverse, static, len(positions))
+            hit = cache[(meta, static)] = (out, step, m.storage_offset())
         out, step, offset = hit
         view = t._v
         if step is None:
@@ -52,41 +55,18 @@ def view_rule(func: Any, entry: Lowering) -> Rule:
     return rule
 
 
-def view_meta(func: Any, t: Tensor, rest: tuple[Any, ...]) -> tuple[TensorMeta, int]:
-    """Metadata of a view, and what it adds to the storage offset."""
-    import torch
-
-    offset = 0
-    out: Any = None
-
-    def keep(*args: Any, **kwargs: Any) -> Any:
-        nonlocal out
-        out = func(*args, **kwargs)
-        return out
-
-    keep._schema = func._schema  # type: ignore[attr-defined]
-    meta = infer(keep, (t, *rest), {}, t._m.index)
-    if isinstance(out, torch.Tensor):
-        offset = out.storage_offset()
-    return meta, offset
-
-
 def views_rule(func: Any, entry: Lowering) -> Rule:
     """The rule of an op that gives several aliases: its lowering lists them as calls of single views."""
-    import torch
-
     defaults = _defaults(func)
 
     def rule(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        t = args[0]
-        rest = _complete(args[1:], kwargs, defaults) if kwargs or len(args) <= len(defaults) else args[1:]
+        t, rest = args[0], _complete(args[1:], kwargs, defaults)
         calls = entry.fn(t._m.shape, *rest)
         if calls is None:  # bad arguments: torch says what is wrong
-            infer(func, args, kwargs, t._m.index)
-            raise RuntimeError(f"{func} refused {rest}")
+            run_on_meta(func, args, kwargs)
+            raise RuntimeError(f"{func} refused {rest} for a tensor of shape {list(t._m.shape)}")
         return [RULES[op]((t, *a), {}) for op, *a in calls]
 
-    _ = torch
     return rule
 
 
@@ -94,46 +74,28 @@ def strided_view_rule(func: Any) -> Rule:
     """A view op that no plugin lowers: its metadata says which strided window of the storage it is."""
 
     def rule(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        import torch
-
         t = next(a for a in args if type(a) is Tensor)
-        base = t.storage_offset()
-        outs: list[torch.Tensor] = []
-
-        def keep(*a: Any, **k: Any) -> Any:
-            out = func(*a, **k)
-            outs.extend(out if isinstance(out, list | tuple) else [out])
-            return out
-
-        keep._schema = func._schema  # type: ignore[attr-defined]
-        metas = infer(keep, args, kwargs, t._m.index)
-        listed = metas if isinstance(metas, list | tuple) else [metas]
-        made = [
-            make(t._s, m, strided_view(t._s.geometry, m.shape, m.strides, base + o.storage_offset()))
-            for m, o in zip(listed, outs, strict=True)
-        ]
-        return made if isinstance(metas, list | tuple) else made[0]
+        out = run_on_meta(func, args, kwargs)
+        if isinstance(out, torch.Tensor):
+            return _window(t, out, t.storage_offset() + out.storage_offset())
+        return [_window(t, m, t.storage_offset() + m.storage_offset()) for m in out]
 
     return rule
 
 
 def as_strided(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """``as_strided`` counts from the storage's beginning, whatever view it is called on."""
-    import torch
+    t, rest = args[0], args[1:]
+    op = torch.ops.aten.as_strided.default
+    span = sum((n - 1) * s for n, s in zip(t._m.shape, t._m.strides, strict=True) if n)
+    whole = torch.empty(max(t._s.geometry.numel, t.storage_offset() + 1 + span), dtype=t.dtype, device="meta")
+    m = op(whole.as_strided(t._m.shape, t._m.strides, t.storage_offset()), *rest, **kwargs)
+    return _window(t, m, m.storage_offset())
 
-    t = args[0]
-    out: Any = None
 
-    def keep(x: Any, *a: Any, **k: Any) -> Any:
-        nonlocal out
-        need = t.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(t._m.shape, t._m.strides, strict=True) if n)
-        whole = torch.empty(max(t._s.geometry.numel, need), dtype=t.dtype, device="meta")
-        out = torch.ops.aten.as_strided.default(whole.as_strided(t._m.shape, t._m.strides, t.storage_offset()), *a, **k)
-        return out
-
-    keep._schema = torch.ops.aten.as_strided.default._schema  # type: ignore[attr-defined]
-    meta = infer(keep, args, kwargs, t._m.index)
-    return make(t._s, meta, strided_view(t._s.geometry, meta.shape, meta.strides, out.storage_offset()))
+def _window(t: Tensor, m: torch.Tensor, offset: int) -> Tensor:
+    shape, strides = tuple(m.shape), tuple(m.stride())
+    return make(t._s, meta_of(shape, strides, m.dtype, t._m.index), strided_view(t._s.geometry, shape, strides, offset))
 
 
 def inplace_view_rule(func: Any) -> Rule:
@@ -152,7 +114,4 @@ def _defaults(func: Any) -> tuple[tuple[str, Any], ...]:
 
 
 def _complete(rest: tuple[Any, ...], kwargs: dict[str, Any], defaults: tuple[tuple[str, Any], ...]) -> tuple[Any, ...]:
-    return rest + tuple(kwargs.get(name, default) for name, default in defaults[len(rest) :])
-
-
-__all__ = ["REGISTRY", "as_strided", "inplace_view_rule", "meta_of", "strided_view_rule", "view_rule", "views_rule"]
+    return rest + tuple([kwargs.get(name, default) for name, default in defaults[len(rest) :]])

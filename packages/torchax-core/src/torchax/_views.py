@@ -47,7 +47,7 @@ class Chain:
     def read(self) -> Program:
         """``(payload, *positions) -> value``."""
         if self._read is None:
-            self._read = Program(lambda payload, *positions: self._values(payload, positions)[-1], f"view::{self._name}", self._wide)
+            self._read = Program(lambda payload, *positions: self._values(payload, positions)[-1], f"view::{self._name}", self._wide, self.geometry.index)
         return self._read
 
     @property
@@ -67,7 +67,7 @@ class Chain:
                     end = begin
                 return value
 
-            self._write = Program(write, f"write::{self._name}", self._wide)
+            self._write = Program(write, f"write::{self._name}", self._wide, self.geometry.index)
         return self._write
 
     def _values(self, payload: Any, positions: tuple[Any, ...], last: bool = True) -> list[Any]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import numpy as np
 import torch
 
 from ._dispatch import RULES
@@ -86,7 +87,8 @@ class _Whole(torch.autograd.Function):
 def _differentiable(call: _Call, tensors: Any, outs: Any, grads: Any, needs: tuple[bool, ...]) -> list[Any]:
     """Through torch's decomposition, so that the gradients have gradients."""
     inputs = [t.view_as(t) if n else t for t, n in zip(tensors, needs, strict=True)]
-    args, kwargs = place(call.served.template, call.operands(inputs, call.others))
+    others = [torch.from_numpy(o) if isinstance(o, np.ndarray) else o for o in call.others]  # CPU tensors that it was given
+    args, kwargs = place(call.served.template, call.operands(inputs, others))
     out = call.op._op_dk(_COMPOSITE, *args, **kwargs)
     results = (out,) if call.single else tuple(out)
     wanted = [t for t, n in zip(inputs, needs, strict=True) if n]
@@ -145,4 +147,4 @@ def _backward_program(call: _Call, needs: tuple[bool, ...], given: tuple[bool, .
         computed = iter(vjp(cotangents[0] if single else type(out)(cotangents)))
         return [next(computed) if need else None for need in needs]
 
-    return Program(run, f"{lowering.op}_backward", served.program.wide)
+    return Program(run, f"{lowering.op}_backward", served.program.wide, served.index)

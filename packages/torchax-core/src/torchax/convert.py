@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import dtypes, errors
 from ._execute import Program, state
-from ._storage import Storage, TensorMeta, dense_meta, meta_of, physical_order
+from ._storage import PendingStorage, Storage, TensorMeta, dense_meta, meta_of, physical_order
 from ._views import strided_view
 from .tensor import Tensor, make, wrap
 
@@ -60,8 +60,14 @@ def to_array(t: torch.Tensor, index: int) -> jax.Array:
     dtype = dtypes.to_jax(t.dtype)
     t = t.detach().resolve_conj().resolve_neg()
     host = np.array(t.view(_BITS[t.element_size()]).numpy()).view(dtype) if dtype.isbuiltin == 2 else np.array(t.numpy())
+    return on_device(host.reshape(tuple(t.shape)), index)
+
+
+def on_device(values: np.ndarray, index: int) -> jax.Array:
+    """Numpy values on JAX device `index`. On the first one they are free to follow where other operands lie (sharded ones, say)."""
+    device = jax_device(index)
     with jax.enable_x64(True):
-        return jax.device_put(host.reshape(tuple(t.shape)), jax_device(index))
+        return jax.device_put(values, device if index else None)
 
 
 def from_cpu(t: torch.Tensor, index: int = 0, dtype: torch.dtype | None = None) -> Tensor:
@@ -140,6 +146,8 @@ def host_array(value: Any, what: str) -> np.ndarray:
 def to_torch(array: np.ndarray) -> torch.Tensor:
     """A CPU tensor with a copy of `array`."""
     dtype = dtypes.to_torch(array.dtype)
+    if not array.size:  # numpy's strides are not torch's
+        return torch.empty(array.shape, dtype=dtype)
     if array.dtype.isbuiltin == 2:
         bits = _BITS[array.dtype.itemsize]
         return torch.from_numpy(np.array(array).reshape(array.shape).view(dtypes.to_jax(bits))).view(dtype)
@@ -183,6 +191,8 @@ def restore(values: torch.Tensor, target: torch.device) -> torch.Tensor:
     """A CPU tensor on `target`; tensors that share a CPU storage share one on device ``jax``."""
     if target.type != "jax":
         return values if target.type == "cpu" else values.to(target)
+    if isinstance(values, Tensor):  # torch.load(map_location="jax") of what was saved on device jax
+        values = to_cpu(values)
     cpu = values.untyped_storage()
     known = _twins.get(cpu._cdata)
     storage = known[1]() if known is not None and not known[0].expired() else None
@@ -192,8 +202,9 @@ def restore(values: torch.Tensor, target: torch.device) -> torch.Tensor:
             whole = values
         else:
             whole = torch.empty(0, dtype=values.dtype).set_(cpu)  # type: ignore[call-overload]
+        jax_device(index)
         geometry = dense_meta(tuple(whole.shape), whole.dtype, index)
-        storage = Storage(to_array(whole, index), geometry)
+        storage = PendingStorage(lambda: to_array(whole, index), geometry)  # torch's old file format reads the bytes last
         for key in [k for k, (ref, _) in _twins.items() if ref.expired()]:
             del _twins[key]
         _twins[cpu._cdata] = (StorageWeakRef(cpu), weakref.ref(storage))
@@ -206,11 +217,11 @@ def restore(values: torch.Tensor, target: torch.device) -> torch.Tensor:
 
 def fit(value: Any, source: TensorMeta | None, target: TensorMeta) -> Any:
     """`value` broadcast and cast to the shape and dtype of `target`."""
-    key = (source, target.shape, target.dtype)
+    key = (source, target.shape, target.dtype, target.index)
     program = _fits.get(key) if source is not None else None
     if program is None:
         shape, dtype = target.shape, target.jax_dtype
-        program = Program(lambda v: cast(jnp.broadcast_to(v, shape), dtype), "aten::copy", target.wide or source is None or source.wide)
+        program = Program(lambda v: cast(jnp.broadcast_to(v, shape), dtype), "aten::copy", target.wide or source is None or source.wide, target.index)
         if source is not None:
             _fits[key] = program
     return state.executor.run(program, (value,))

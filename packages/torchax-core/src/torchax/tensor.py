@@ -66,7 +66,14 @@ class Tensor(torch.Tensor):
     # ------------------------------------------------------------------ the JAX side
     def jax(self) -> Array:
         """The value as a `jax.Array` of the same shape (no copy where the tensor is not a view)."""
-        return state.executor.read(self)
+        value = state.executor.read(self)
+        if isinstance(value, np.ndarray):  # made by torch.empty, and nobody has written or read it
+            from .convert import on_device
+
+            value = on_device(value, self._m.index)
+            if self._v is None and state.executor.owner is None:
+                self._s.value = value
+        return value
 
     def __jax_array__(self) -> Array:
         return self.jax()
@@ -130,6 +137,24 @@ class Tensor(torch.Tensor):
             )
         become(self, other)
 
+    def to(self, *args: Any, **kwargs: Any) -> TorchTensor:
+        """As `torch.Tensor.to`; the tensor itself where nothing changes, which C++ cannot see: there, its device is another."""
+        target = args[0] if args else kwargs.get("device")
+        if isinstance(target, str | int | Device) and not isinstance(target, bool):
+            device = Device(target)
+            if device.type == "jax":
+                if device.index is None:
+                    from .device import current_device
+
+                    device = Device("jax", current_device())
+                if device.index == self._m.index:
+                    device = self._m.cpp_device
+                if args:
+                    args = (device, *args[1:])
+                else:
+                    kwargs["device"] = device
+        return torch.Tensor.to(self, *args, **kwargs)
+
     def cpu(self, memory_format: Any = torch.preserve_format) -> TorchTensor:
         return self.to(torch.device("cpu"), memory_format=memory_format)
 
@@ -181,6 +206,11 @@ class Tensor(torch.Tensor):
         raise RuntimeError("cannot pin a tensor on device 'jax': only dense CPU tensors can be pinned")
 
     # ------------------------------------------------------------------ copies, pickles, print
+    def __copy__(self) -> Tensor:
+        from ._serialize import shallow_copy
+
+        return shallow_copy(self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         from ._serialize import deepcopy
 

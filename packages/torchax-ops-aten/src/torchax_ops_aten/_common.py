@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 import torch
-from jax import Array, lax
+from jax import Array
 from torchax.dtypes import to_jax
 
 MEAN, SUM = 1, 2  # at::Reduction; 0 is "none"

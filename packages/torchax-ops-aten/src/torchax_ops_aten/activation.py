@@ -278,3 +278,11 @@ def log_softmax_backward(grad, output, dim, input_dtype):
     if output.ndim == 0:
         return grad - jnp.exp(output) * grad
     return grad - jnp.exp(output) * jnp.sum(grad, axis=dim, keepdims=True)
+
+
+@lowering(aten.glu_jvp.default, promote="default")
+def glu_jvp(glu, x, dx, dim):
+    """The tangent of glu, from its result and the tangent of its argument."""
+    (_, b), (da, db) = jnp.split(x, 2, dim), jnp.split(dx, 2, dim)
+    sigmoid = lax.logistic(b)
+    return da * sigmoid + glu * (1 - sigmoid) * db

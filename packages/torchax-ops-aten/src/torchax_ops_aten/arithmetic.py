@@ -27,19 +27,19 @@ def _pair(x, other):
     return x, _operand(other, x)
 
 
-@lowering(aten.add.Tensor, aten.add.Scalar, promote="default", specialize={"alpha": (1,)})
+@lowering(aten.add.Tensor, aten.add.Scalar, promote="default")
 def add(x, other, alpha=1):
     """x + alpha other; for bools, or."""
     return jnp.add(x, other if _is(alpha, 1) else jnp.multiply(other, alpha))
 
 
-@lowering(aten.sub.Tensor, aten.sub.Scalar, promote="default", specialize={"alpha": (1,)})
+@lowering(aten.sub.Tensor, aten.sub.Scalar, promote="default")
 def sub(x, other, alpha=1):
     """x - alpha other."""
     return jnp.subtract(x, other if _is(alpha, 1) else jnp.multiply(other, alpha))
 
 
-@lowering(aten.rsub.Tensor, aten.rsub.Scalar, promote="default", specialize={"alpha": (1,)})
+@lowering(aten.rsub.Tensor, aten.rsub.Scalar, promote="default")
 def rsub(x, other, alpha=1):
     """other - alpha x."""
     return jnp.subtract(other, x if _is(alpha, 1) else jnp.multiply(x, alpha))
@@ -102,15 +102,24 @@ def fmod(x, other):
     return lax.rem(*jnp.broadcast_arrays(*_pair(x, other)))
 
 
-@lowering(aten.pow.Tensor_Scalar, promote="default", specialize={"exponent": (2, 3, 0.5, -1, -2, -0.5, 1, 0, 2.0, 3.0)})
+_POWERS = {0.0: jnp.ones_like, 1.0: lambda x: x, 2.0: lambda x: x * x, 3.0: lambda x: x * x * x}
+_INEXACT_POWERS = {
+    0.5: jnp.sqrt,
+    -0.5: lambda x: 1 / jnp.sqrt(x),
+    -1.0: lambda x: 1 / x,
+    -2.0: lambda x: 1 / (x * x),
+}
+
+
+@lowering(aten.pow.Tensor_Scalar, promote="default", specialize={"exponent": (*_POWERS, *_INEXACT_POWERS)})
 def pow_scalar(x, exponent):
     """x ** exponent."""
+    if isinstance(exponent, complex) and not exponent.imag:
+        exponent = exponent.real
     if isinstance(exponent, (int, float)):
-        special = {0: jnp.ones_like, 1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x}.get(exponent)
-        if special is None and is_inexact(x):
-            special = {0.5: jnp.sqrt, -1: lambda x: 1 / x, -2: lambda x: 1 / (x * x), -0.5: lambda x: 1 / jnp.sqrt(x)}.get(exponent)
-        if special is not None:
-            return special(x)
+        short = _POWERS.get(exponent) or (_INEXACT_POWERS.get(exponent) if is_inexact(x) else None)
+        if short is not None:
+            return short(x)
     return power(x, exponent)
 
 
@@ -167,8 +176,12 @@ def hypot(x, other):
 
 @lowering(aten.logaddexp.default, promote="default")
 def logaddexp(x, other):
-    """log(exp(x) + exp(other))."""
-    return jnp.logaddexp(x, other)
+    """log(exp(x) + exp(other)); of complex numbers, the one with the larger real part is drawn out."""
+    if not is_complex(x):
+        return jnp.logaddexp(x, other)
+    swap = x.real < other.real
+    top, low = jnp.where(swap, other, x), jnp.where(swap, x, other)
+    return top + jnp.log1p(jnp.exp(low - top))
 
 
 @lowering(aten.logaddexp2.default, promote="default")
@@ -190,8 +203,6 @@ def nextafter(x, other):
 
 
 PRODUCT = table({"mul": jnp.multiply}, overloads=("Tensor", "Scalar"), promote="default")
-EXTREMA = table(
-    {"maximum": jnp.maximum, "minimum": jnp.minimum, "fmax": jnp.fmax, "fmin": jnp.fmin}, promote="keep"
-)
+EXTREMA = table({"maximum": jnp.maximum, "minimum": jnp.minimum, "fmax": jnp.fmax, "fmin": jnp.fmin}, promote="keep")
 ANGLES = table({"atan2": jnp.arctan2}, promote="int_to_float")
 DIVISORS = table({"gcd": jnp.gcd, "lcm": jnp.lcm}, promote="keep")

@@ -170,7 +170,9 @@ def bessel_j1(x):
     """J1."""
     size = jnp.abs(x)
     z = jnp.minimum(size, 5.0) ** 2
-    near = _polynomial(_JP1, z) / _polynomial(_JQ1, z) * size * (z - 14.6819706421238932572) * (z - 49.2184563216946036703)
+    near = (
+        _polynomial(_JP1, z) / _polynomial(_JQ1, z) * size * (z - 14.6819706421238932572) * (z - 49.2184563216946036703)
+    )
     p, q, phase, amplitude = _phase_amplitude(jnp.maximum(size, 5.0), 1)
     result = jnp.where(size <= 5.0, near, (p * jnp.cos(phase) - q * jnp.sin(phase)) * amplitude)
     return jnp.where(x < 0, -result, result)

@@ -14,7 +14,14 @@ def to_copy(x, *, dtype=None):
     return x if dtype is None else cast(x, to_jax(dtype))
 
 
-@lowering(aten.clone.default, aten.alias_copy.default, aten.detach_copy.default, aten.lift_fresh_copy.default, aten.lift.default, aten._lazy_clone.default)
+@lowering(
+    aten.clone.default,
+    aten.alias_copy.default,
+    aten.detach_copy.default,
+    aten.lift_fresh_copy.default,
+    aten.lift.default,
+    aten._lazy_clone.default,
+)
 def clone(x):
     """x itself: arrays are immutable."""
     return x

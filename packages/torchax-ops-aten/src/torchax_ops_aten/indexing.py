@@ -153,7 +153,7 @@ def _sources(x, dim, source):
     return source
 
 
-@lowering(aten.index_add.default, specialize={"alpha": (1,)})
+@lowering(aten.index_add.default)
 def index_add(x, dim, index, source, alpha=1):
     """`x` with slices of `source` (times `alpha`) added at `index` along `dim`."""
     full, at = _along(x, dim, index)

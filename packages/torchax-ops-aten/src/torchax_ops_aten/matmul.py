@@ -8,7 +8,7 @@ from jax import lax
 from torchax.dtypes import to_jax
 from torchax.ops import aten, lowering
 
-from ._common import accumulator, is_complex, is_inexact
+from ._common import accumulator, is_complex
 
 
 def _dot(a, b, contract, batch=((), ())):

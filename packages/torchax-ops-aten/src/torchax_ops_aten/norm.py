@@ -5,14 +5,15 @@ gradient g of y, the gradient of x is ``rstd * (g - mean(g) - y * mean(g * y))``
 """
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from torchax.ops import aten, lowering
 
 
-def wide(x):
-    """`x` in the type in which sums are made: float32 for 16-bit floats."""
+def wide(x: Any) -> Any:
+    """`x` (an array or None) in the type in which sums are made: float32 for 16-bit floats."""
     return x.astype(jnp.float32) if x is not None and x.dtype in (jnp.bfloat16, jnp.float16) else x
 
 

@@ -166,7 +166,7 @@ def lerp(x, end, weight):
     return jnp.where(low, x + weight * (end - x), end - (end - x) * (1 - weight))
 
 
-@lowering(aten.addcmul.default, promote="default", specialize={"value": (1,)})
+@lowering(aten.addcmul.default, promote="default")
 def addcmul(x, tensor1, tensor2, *, value=1):
     """x + value tensor1 tensor2."""
     if isinstance(value, (int, float)) and value == 1:
@@ -174,7 +174,7 @@ def addcmul(x, tensor1, tensor2, *, value=1):
     return x + value * tensor1 * tensor2
 
 
-@lowering(aten.addcdiv.default, promote="int_to_float", specialize={"value": (1,)})
+@lowering(aten.addcdiv.default, promote="int_to_float")
 def addcdiv(x, tensor1, tensor2, *, value=1):
     """x + value tensor1 / tensor2."""
     if isinstance(value, (int, float)) and value == 1:

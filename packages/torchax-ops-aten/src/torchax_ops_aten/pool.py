@@ -134,7 +134,6 @@ def _unpool_gradient(grad, indices, shape, kernel, stride, padding, dilation):
     if math.prod(kernel) > _UNROLL:
         return scatter_planes(wide(grad), indices, shape, rank)
     grad, indices = wide(grad), indices.astype(jnp.int32)
-    behind = _window_pads(spatial, out, kernel, stride, padding, dilation)
     total = None
     for index in itertools.product(*(range(k) for k in kernel)):
         hit = indices == _positions(spatial, out, index, stride, padding, dilation)
@@ -145,7 +144,7 @@ def _unpool_gradient(grad, indices, shape, kernel, stride, padding, dilation):
         part = jnp.where(hit, grad, 0)
         # put element `index` of each window back to where it was read: the transpose of a strided slice
         config = [(0, 0, 0)] * (grad.ndim - rank)
-        for n, o, k, kn, s, p, d, b in zip(spatial, out, index, kernel, stride, padding, dilation, behind, strict=True):
+        for n, o, k, s, p, d in zip(spatial, out, index, stride, padding, dilation, strict=True):
             begin = k * d - p
             config.append((begin, n - begin - ((o - 1) * s + 1), s - 1))
         part = lax.pad(part, jnp.zeros((), part.dtype), config)

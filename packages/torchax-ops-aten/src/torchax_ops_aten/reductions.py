@@ -6,7 +6,7 @@ from jax import lax
 from torchax.dtypes import to_jax
 from torchax.ops import aten, lowering
 
-from ._common import accumulator, axes, cast, is_complex, is_float, is_inexact, wide
+from ._common import axes, cast, is_complex, is_float, is_inexact, wide
 
 
 def _summand(x, dtype):
@@ -63,10 +63,10 @@ def _var_mean(x, dim, correction, keepdim):
     y = wide(x)
     mean = jnp.mean(y, axis=dims, keepdims=True)
     centered = y - mean
-    squares = centered.real**2 + centered.imag**2 if is_complex(x) else centered * centered
-    total = jnp.sum(squares, axis=dims, keepdims=keepdim)
-    dof = max(_count(x, dims) - (1 if correction is None else correction), 0)
-    return total / np.asarray(dof, total.dtype), mean if keepdim else jnp.squeeze(mean, dims)
+    dof = np.asarray(max(_count(x, dims) - (1 if correction is None else correction), 0), centered.real.dtype)
+    parts = (centered.real, centered.imag) if is_complex(x) else (centered,)
+    variance = sum(jnp.sum(part * part, axis=dims, keepdims=keepdim) / dof for part in parts)
+    return variance, mean if keepdim else jnp.squeeze(mean, dims)
 
 
 @lowering(aten.var.correction, static=("correction",))

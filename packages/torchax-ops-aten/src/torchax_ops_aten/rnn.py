@@ -44,23 +44,29 @@ def _relu_step(gates, state, weights):
     return (jax.nn.relu(gates + _linear(state[0], weights[0], weights[1])),)
 
 
-def _layer(step, xs, state, params, has_biases, reverse):
-    """One direction of one layer over ``[T, B, I]``: outputs ``[T, B, H]`` and the last state."""
+def _layer(step, xs, state, params, has_biases, reverse, present=None):
+    """One direction of one layer over ``[T, B, I]``: outputs ``[T, B, H]`` and the last state.
+
+    Where `present` (``[T, B, 1]``) is False, a sequence has ended (or not begun, in reverse): its state stays.
+    """
     w_ih, w_hh, *rest = params
     b_ih, b_hh = rest[:2] if has_biases else (None, None)
     rest = rest[2:] if has_biases else rest
     gates = _linear(xs, w_ih, b_ih)  # the inputs' part of all steps is one matrix product
     weights = (w_hh, b_hh, rest[0] if rest else None)
 
-    def body(carry, gate):
-        carry = step(gate, carry, weights)
-        return carry, carry[0]
+    def body(carry, inputs):
+        gate, here = inputs
+        new = step(gate, carry, weights)
+        if here is not None:
+            new = tuple(jnp.where(here, n, c) for n, c in zip(new, carry, strict=True))
+        return new, new[0]
 
-    last, out = lax.scan(body, state, gates, reverse=reverse)
+    last, out = lax.scan(body, state, (gates, present), reverse=reverse)
     return out, last
 
 
-def _run(step, input, states, params, has_biases, num_layers, bidirectional, batch_first):
+def _run(step, input, states, params, has_biases, num_layers, bidirectional, batch_first, present=None):
     """All layers: the outputs of the last one, and the last state of each layer and direction."""
     low = input.dtype
     xs, states, params = wide(input), [wide(s) for s in states], [wide(p) for p in params]
@@ -72,7 +78,7 @@ def _run(step, input, states, params, has_biases, num_layers, bidirectional, bat
         outputs = []
         for direction in range(directions):
             i = layer * directions + direction
-            out, last = _layer(step, xs, tuple(s[i] for s in states), params[i * per : (i + 1) * per], has_biases, direction == 1)
+            out, last = _layer(step, xs, tuple(s[i] for s in states), params[i * per : (i + 1) * per], has_biases, direction == 1, present)
             outputs.append(out)
             finals.append(last)
         xs = outputs[0] if directions == 1 else jnp.concatenate(outputs, axis=-1)
@@ -107,6 +113,49 @@ def rnn_tanh(input, hx, params, has_biases, num_layers, dropout, train, bidirect
 def rnn_relu(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first):
     """Layers of the plain RNN with relu."""
     return _run(_relu_step, input, [hx], params, has_biases, num_layers, bidirectional, batch_first)
+
+
+def _run_packed(step, data, batch_sizes, states, params, has_biases, num_layers, bidirectional):
+    """As `_run` for packed sequences, the rows of all steps one after the other: padded, run, and packed again."""
+    batch, steps, rows = states[0].shape[1], batch_sizes.shape[0], data.shape[0]
+    sizes = jnp.asarray(batch_sizes).astype(jnp.int32)
+    ends = jnp.cumsum(sizes)
+    column = jnp.arange(batch, dtype=jnp.int32)
+    present = column < sizes[:, None]
+    padded = data[jnp.where(present, (ends - sizes)[:, None] + column, 0)]
+    out, *last = _run(step, padded, states, params, has_biases, num_layers, bidirectional, False, present[..., None])
+    row = jnp.arange(rows, dtype=jnp.int32)
+    step_of = jnp.searchsorted(ends, row, side="right").astype(jnp.int32)
+    flat = step_of * batch + row - (ends - sizes)[step_of]
+    return out.reshape(steps * batch, -1)[flat], *last
+
+
+def _no_dropout_packed(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional):
+    return data.shape[0] > 0 and (not train or dropout == 0 or num_layers == 1)
+
+
+@lowering(aten.lstm.data, whole=True, when=_no_dropout_packed)
+def lstm_packed(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional):
+    """Layers of LSTM over packed sequences."""
+    return _run_packed(_lstm_step, data, batch_sizes, list(hx), params, has_biases, num_layers, bidirectional)
+
+
+@lowering(aten.gru.data, whole=True, when=_no_dropout_packed)
+def gru_packed(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional):
+    """Layers of GRU over packed sequences."""
+    return _run_packed(_gru_step, data, batch_sizes, [hx], params, has_biases, num_layers, bidirectional)
+
+
+@lowering(aten.rnn_tanh.data, whole=True, when=_no_dropout_packed)
+def rnn_tanh_packed(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional):
+    """Layers of the plain RNN with tanh over packed sequences."""
+    return _run_packed(_tanh_step, data, batch_sizes, [hx], params, has_biases, num_layers, bidirectional)
+
+
+@lowering(aten.rnn_relu.data, whole=True, when=_no_dropout_packed)
+def rnn_relu_packed(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional):
+    """Layers of the plain RNN with relu over packed sequences."""
+    return _run_packed(_relu_step, data, batch_sizes, [hx], params, has_biases, num_layers, bidirectional)
 
 
 def _gates(input, hidden, w_ih, w_hh, b_ih, b_hh):

@@ -45,7 +45,9 @@ def hurwitz_zeta(x, other):
     return _zeta(*jnp.broadcast_arrays(x, other))
 
 
-_FARTHEST = 4096  # terms of the series for a negative `q` that are summed; what is left out is below float32's precision
+_FARTHEST = (
+    4096  # terms of the series for a negative `q` that are summed; what is left out is below float32's precision
+)
 
 
 def _zeta(x, q):
@@ -98,7 +100,9 @@ def erfcx(x):
 def entr(x):
     """-x log(x); 0 at 0, -inf below."""
     positive = x > 0
-    return jnp.where(positive, -x * jnp.log(jnp.where(positive, x, 1)), jnp.where(x == 0, 0, jnp.where(x < 0, -jnp.inf, x)))
+    return jnp.where(
+        positive, -x * jnp.log(jnp.where(positive, x, 1)), jnp.where(x == 0, 0, jnp.where(x < 0, -jnp.inf, x))
+    )
 
 
 def _x_times(fn):
@@ -113,6 +117,8 @@ def _x_times(fn):
 
 XLOGY = table({"xlogy": _x_times(jnp.log)}, overloads=("Tensor", "Scalar_Self", "Scalar_Other"), promote="int_to_float")
 XLOG1PY = table(
-    {"special_xlog1py": _x_times(jnp.log1p)}, overloads=("default", "self_scalar", "other_scalar"), promote="int_to_float"
+    {"special_xlog1py": _x_times(jnp.log1p)},
+    overloads=("default", "self_scalar", "other_scalar"),
+    promote="int_to_float",
 )
 NORMAL = table({"special_ndtri": ndtri, "special_log_ndtr": log_ndtr}, promote="int_to_float")

@@ -26,14 +26,13 @@ class Program:
         jitted: its compiled form, whose results never share a buffer with operands (a later donation would free both).
         name: the op, for messages.
         wide: 64-bit values or Python numbers take part: it must run in JAX's 64-bit mode.
-        placement: the device for a program without array operands, where it is not the default one.
+        index: the device that it computes on, where that is not the first one.
     """
 
-    __slots__ = ("fn", "jitted", "name", "placement", "plain", "wide")
+    __slots__ = ("fn", "index", "jitted", "name", "wide")
 
-    def __init__(self, fn: Callable[..., Any], name: str, wide: bool = True, placement: jax.Device | None = None):
-        self.fn, self.name, self.wide, self.placement = fn, name, wide, placement
-        self.plain = not wide and placement is None  # can be called as it is
+    def __init__(self, fn: Callable[..., Any], name: str, wide: bool = True, index: int = 0):
+        self.fn, self.name, self.wide, self.index = fn, name, wide, index
 
         def run(*operands: Any) -> Any:
             out = fn(*operands)
@@ -41,7 +40,9 @@ class Program:
             return jax.tree.map(lambda x: jnp.copy(x) if id(x) in taken else x, out)
 
         run.__name__ = name.replace("::", "_").replace(".", "_")  # shows in profiles and HLO
-        self.jitted = jax.jit(run)
+        # what is computed without arrays of that device, too, must lie there
+        placement = jax.sharding.SingleDeviceSharding(jax.devices()[index]) if index else None
+        self.jitted = jax.jit(run, out_shardings=placement)
 
 
 class Executor(Protocol):

@@ -26,12 +26,9 @@ class Strict:
     def run(self, program: Program, operands: Sequence[Any]) -> Any:
         arrays = [(o._s.value if o._v is None else self.read(o)) if type(o) is Tensor else o for o in operands]
         try:
-            if program.plain:
+            if not program.wide:
                 return program.jitted(*arrays)
-            if program.placement is None:
-                with enable_x64(True):
-                    return program.jitted(*arrays)
-            with jax.default_device(program.placement), enable_x64(True):
+            with enable_x64(True):
                 return program.jitted(*arrays)
         except Exception as error:
             raise failure(error, program.name, arrays) from error

@@ -1,0 +1,38 @@
+"""The bridge between PyTorch and JAX: compile, views, gradients across, modules taken apart, checkpoints.
+
+Everything here is also found as ``torchax.interop.NAME``.
+"""
+
+from __future__ import annotations
+
+from .autograd import gradient_checkpoint, j2t_autograd, jax_value_and_grad, t2j_autograd
+from .checkpoint import load_checkpoint, save_checkpoint
+from .compile import Compiled, compile
+from .jit import JittableModule, extract_all_buffers, extract_jax, jax_jit
+from .views import call_jax, call_torch, jax_view, jax_vmap, shard_map, torch_view
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Compiled",
+    "JittableModule",
+    "call_jax",
+    "call_torch",
+    "compile",
+    "extract_all_buffers",
+    "extract_jax",
+    "gradient_checkpoint",
+    "j2t_autograd",
+    "jax_jit",
+    "jax_shard_map",
+    "jax_value_and_grad",
+    "jax_view",
+    "jax_vmap",
+    "load_checkpoint",
+    "save_checkpoint",
+    "shard_map",
+    "t2j_autograd",
+    "torch_view",
+]
+
+jax_shard_map = shard_map

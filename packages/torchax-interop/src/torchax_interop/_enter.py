@@ -1,0 +1,160 @@
+"""Torch code entered from JAX: values converted on the way in and out, ops run inside whatever JAX is tracing."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from jax.extend.core import get_opaque_trace_state
+from torchax import convert, dtypes
+from torchax import random as _random
+from torchax._execute import executing, state
+from torchax._execute._where import user_line
+from torchax._execute.traced import Traced
+from torchax._storage import Storage
+from torchax.tensor import Tensor
+
+from ._tree import flatten, tree_map, unflatten
+
+
+class _Local(threading.local):
+    inside = False
+
+
+_local = _Local()
+
+
+def _untraced() -> list[Any]:
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(get_opaque_trace_state()))  # this one may be inside a trace
+    thread.start()
+    thread.join()
+    return found
+
+
+_UNTRACED = _untraced()[0]
+
+
+def under_jax() -> bool:
+    """Whether a JAX transformation (`jit`, `grad`, `vmap`, ...) is tracing in this thread."""
+    return get_opaque_trace_state() != _UNTRACED
+
+
+_NEXT_STREAM = np.array([0, 1, 0], np.uint32)
+
+
+@contextlib.contextmanager
+def jax_factories(index: int = 0) -> Iterator[None]:
+    """Within, factories that name no device make tensors on device ``jax``, in this thread."""
+    if _local.inside:
+        yield
+        return
+    _local.inside = True
+    try:
+        with torch.device("jax", index) if index else torch.device("jax"):
+            yield
+    finally:
+        _local.inside = False
+
+
+class Entered(Traced):
+    """A stretch of torch code inside a JAX trace. JAX differentiates it; `detach` stops gradients there, too.
+
+    Random numbers come from a stream of their own, and writes to tensors outside end with it: a JAX function has
+    nowhere to put them.
+    """
+
+    stop_gradients = True
+
+    def load(self, storage: Storage) -> Any:
+        if _random._META is not None and storage.geometry is _random._META and storage.owner is None and storage not in self.captured:
+            value = self._branch(storage)
+            self.captured[storage] = value
+            return value
+        value = super().load(storage)
+        if isinstance(value, np.ndarray):
+            value = self.captured[storage] = _device_array(value)
+        return value
+
+    def _branch(self, storage: Storage) -> Any:
+        """The state of a random source here; outside it goes on with another stream."""
+        root: Any = self
+        while root.outer is not None and root.outer.owner is not None:
+            root = root.outer
+        if root is not self and not isinstance(root, Entered):  # a recording: it moves the state on when it ends
+            root.branches[storage] = root.branches.get(storage, 0) + 1
+            return root.load(storage) + np.array([0, root.branches[storage], 0], np.uint32)
+        value = np.asarray(storage.value)
+        storage.value = value + _NEXT_STREAM
+        storage.version += 1
+        if under_jax():
+            warnings.warn(
+                "random numbers are drawn in a function that JAX traces: every call of the compiled function gets the same "
+                f"ones{user_line()}. Use torchax.compile or torchax.interop.jax_jit, which thread the state through",
+                UserWarning,
+                stacklevel=2,
+            )
+        return _device_array(value)
+
+    def close(self) -> None:
+        """End: what was written outside is lost, or passed on to the trace around."""
+        self.closed = True
+        lost = [s for s in self.values if s.geometry is not _random._META]
+        if lost:
+            shapes = ", ".join(f"{s.geometry.jax_dtype}{list(s.geometry.shape)}" for s in lost[:3])
+            warnings.warn(
+                f"a function that JAX traces wrote {len(lost)} tensor(s) that it was not given ({shapes}); the new values are "
+                "dropped, since JAX functions have no side effects. Pass them in and return them, call module.eval(), or use "
+                "torchax.compile",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def _device_array(value: np.ndarray) -> jax.Array:
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        return jax.numpy.asarray(np.ascontiguousarray(value).reshape(value.shape))
+
+
+def to_tensor(x: Any) -> Any:
+    """A `jax.Array` as a tensor, any other leaf as it is (PRNG keys, too: torch has no such dtype)."""
+    if isinstance(x, jax.Array):
+        return x if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) else Tensor(x)
+    return x
+
+
+def to_array(x: Any) -> Any:
+    """A tensor as a `jax.Array` (CPU tensors are copied), any other leaf as it is."""
+    if type(x) is Tensor:
+        return x.jax()
+    return convert.t2j(x) if isinstance(x, torch.Tensor) else x
+
+
+def enter(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call `fn`, which takes and gives tensors, with nests of `jax.Array`s; gives nests of `jax.Array`s."""
+    leaves: list[Any] = []
+    spec = flatten((args, kwargs), leaves)
+    tracing = state.executor.owner is not None or under_jax()
+    tracing = tracing or any(isinstance(x, jax.core.Tracer) for x in leaves)
+    if not tracing:
+        with jax_factories():
+            a, k = unflatten(spec, iter([to_tensor(x) for x in leaves]))
+            return tree_map(to_array, fn(*a, **k))
+    trace = Entered(outer=state.executor)
+    try:
+        with executing(trace), jax_factories(), jax.enable_x64(True):
+            a, k = unflatten(spec, iter([to_tensor(x) for x in leaves]))
+            return tree_map(to_array, fn(*a, **k))
+    finally:
+        trace.close()
+
+
+def dtype_to_jax(dtype: torch.dtype) -> Any:
+    """The numpy dtype of a torch dtype."""
+    return dtypes.to_jax(dtype)

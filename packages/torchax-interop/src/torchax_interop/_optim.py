@@ -1,0 +1,128 @@
+"""Optimizers of `torch.optim` inside a recording: learning rates become inputs, step counters live on the device.
+
+`torch.optim` keeps step counters on CPU and the learning rate as a Python number; both would be frozen into the program.
+So around each recorded `step()` the groups are made capturable with a tensor as `lr`, and what the user sees is put back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torchax._storage import Storage, dense_meta
+from torchax.tensor import Tensor, make
+
+from ._recording import Recording, concrete, current, outside
+
+_HYPER = ("lr",)
+
+
+class _Active:
+    """What is put back after a recorded step."""
+
+    def __init__(self) -> None:
+        self.groups: list[tuple[dict[str, Any], str, Any]] = []
+        self.steps: list[tuple[dict[str, Any], Tensor]] = []
+        self.compiling = False
+
+
+_active: dict[int, _Active] = {}
+
+
+def _before(optimizer: Any, args: Any, kwargs: Any) -> None:
+    recording = current()
+    if recording is None:
+        return
+    active = _active[id(optimizer)] = _Active()
+    recording.undo.append(lambda: _put_back(optimizer))
+    first = id(optimizer) not in recording.optimizers
+    if first:
+        recording.undo.append(_forget_new_state(optimizer))
+    recording.optimizers.setdefault(id(optimizer), (optimizer, optimizer.state, optimizer.param_groups))
+    for group in optimizer.param_groups:
+        if not any(type(p) is Tensor for p in group["params"]):
+            continue
+        if first:
+            recording.settings += [(group, k, v) for k, v in group.items() if k not in _HYPER and k != "params" and not isinstance(v, torch.Tensor)]
+        for name in _HYPER:
+            if name in group and not (type(group[name]) is Tensor):
+                _swap(active, group, name, _number(recording, group, name))
+        if "capturable" in group:
+            _swap(active, group, "capturable", True)
+        _counters_to_device(recording, active, optimizer, group)
+    active.compiling = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+
+
+def _after(optimizer: Any, args: Any, kwargs: Any) -> None:
+    if id(optimizer) in _active:
+        for state, counter in _active[id(optimizer)].steps:
+            with torch.no_grad():
+                counter.copy_(state["step"])
+        _put_back(optimizer)
+
+
+def _put_back(optimizer: Any) -> None:
+    active = _active.pop(id(optimizer), None)
+    if active is None:
+        return
+    torch.compiler._is_compiling_flag = active.compiling
+    for group, name, value in reversed(active.groups):
+        group[name] = value
+    for state, counter in active.steps:
+        state["step"] = counter
+
+
+def _forget_new_state(optimizer: Any) -> Any:
+    before = {p: dict(values) for p, values in optimizer.state.items()}
+
+    def restore() -> None:
+        for p in list(optimizer.state):
+            if p not in before:
+                del optimizer.state[p]
+            else:
+                optimizer.state[p].clear()
+                optimizer.state[p].update(before[p])
+
+    return restore
+
+
+def _swap(active: _Active, group: dict[str, Any], name: str, value: Any) -> None:
+    active.groups.append((group, name, group[name]))
+    group[name] = value
+
+
+def _number(recording: Recording, group: dict[str, Any], name: str) -> Tensor:
+    """The setting as a 0-d float64 tensor whose value is an input of the program."""
+    for known, known_name, storage in recording.numbers:
+        if known is group and known_name == name:
+            return make(storage, storage.geometry)
+    storage = Storage(concrete(float(group[name])), dense_meta((), torch.float64))
+    recording.numbers.append((group, name, storage))
+    return make(storage, storage.geometry)
+
+
+def _counters_to_device(recording: Recording, active: _Active, optimizer: Any, group: dict[str, Any]) -> None:
+    for p in group["params"]:
+        if p not in optimizer.state or type(p) is not Tensor:
+            continue
+        state = optimizer.state[p]
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and type(value) is not Tensor and value.dim() == 0:
+                _move(recording, state, name, value, p.device)
+        counter = state.get("step")
+        if type(counter) is Tensor and counter.dtype is torch.float32:
+            # 1 - beta**step loses digits in float32, which torch's own path on Python numbers does not
+            active.steps.append((state, counter))
+            state["step"] = counter.to(torch.float64)
+
+
+def _move(recording: Recording, state: dict[str, Any], name: str, value: torch.Tensor, device: torch.device) -> None:
+    with outside():
+        state[name] = value.to(device)
+    recording.undo.append(lambda: state.__setitem__(name, value))
+
+
+register_optimizer_step_pre_hook(_before)
+register_optimizer_step_post_hook(_after)

@@ -1,0 +1,314 @@
+"""Gradients across the two worlds: JAX functions under torch's autograd, torch functions under JAX's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torchax import random as _random
+from torchax._execute import state
+from torchax._storage import dense_meta
+from torchax.tensor import Tensor, wrap
+
+from ._enter import Entered, enter, to_array, to_tensor
+from ._tree import flatten, tree_map, unflatten
+
+
+def call_differentiable(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A JAX function on nests of tensors; through `Bridge` where a gradient may be asked for."""
+    leaves: list[Any] = []
+    spec = flatten((args, kwargs), leaves)
+    needed = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in leaves)
+    if not needed and torch._C._functorch.peek_interpreter_stack() is None:
+        a, k = unflatten(spec, iter([to_array(x) for x in leaves]))
+        with _wide(leaves):
+            return tree_map(to_tensor, fn(*a, **k))
+    return _differentiable(fn, spec, leaves)
+
+
+def j2t_autograd(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A JAX function as a torch function that torch's autograd goes through.
+
+    The backward is `jax.vjp`; it is itself differentiable (second derivatives, `create_graph=True`).
+
+    Args:
+        fn: takes and gives nests of `jax.Array`s.
+
+    Returns:
+        The same over nests of tensors on device ``jax``; other leaves are passed as they are.
+    """
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        leaves: list[Any] = []
+        spec = flatten((args, kwargs), leaves)
+        return _differentiable(fn, spec, leaves)
+
+    return call
+
+
+def _differentiable(fn: Callable[..., Any], spec: Any, leaves: list[Any]) -> Any:
+    where = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
+    call = _Call(fn, spec, leaves, where)
+    outs = Bridge.apply(call, *[leaves[i] for i in where])
+    flat = list(call.rest)
+    for i, t in zip(call.out_where, outs, strict=True):
+        flat[i] = t
+    return unflatten(call.out_spec, iter(flat))
+
+
+class _Call:
+    """One call of a JAX function: a flat function of the tensors' arrays, and after the run the nest of its results."""
+
+    def __init__(self, fn: Callable[..., Any], spec: Any, leaves: list[Any], where: list[int]):
+        self.fn, self.spec, self.where = fn, spec, where
+        self.leaves = [None if i in set(where) else x for i, x in enumerate(leaves)]
+        self.out_spec: Any = None
+        self.out_where: list[int] = []
+        self.rest: list[Any] = []
+
+    def flat(self, *arrays: Any) -> tuple[Any, ...]:
+        full = list(self.leaves)
+        for i, x in zip(self.where, arrays, strict=True):
+            full[i] = x
+        args, kwargs = unflatten(self.spec, iter(full))
+        found: list[Any] = []
+        self.out_spec = flatten(self.fn(*args, **kwargs), found)
+        self.out_where = [i for i, x in enumerate(found) if isinstance(x, jax.Array) and _holds(x)]
+        self.rest = [None if isinstance(x, jax.Array) and _holds(x) else x for x in found]
+        return tuple(found[i] for i in self.out_where)
+
+
+class Bridge(torch.autograd.Function):
+    """A JAX function as a node of torch's graph."""
+
+    @staticmethod
+    def forward(call: _Call, *tensors: torch.Tensor) -> Any:  # type: ignore[override]
+        arrays = [to_array(t) for t in tensors]
+        with _wide(tensors):
+            return tuple(_fresh(x, arrays) for x in call.flat(*arrays))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.call = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+        ctx.kinds = [t.is_floating_point() or t.is_complex() for t in inputs[1:]]
+        ctx.out_kinds = [t.is_floating_point() or t.is_complex() for t in output]
+        ctx.mark_non_differentiable(*[t for t in output if not (t.is_floating_point() or t.is_complex())])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+        tensors = ctx.saved_tensors
+        wanted = [i for i, kind in enumerate(ctx.kinds) if kind and ctx.needs_input_grad[i + 1]]
+        given = [g for g, kind in zip(grads, ctx.out_kinds, strict=True) if kind]
+        found = j2t_autograd(_vjp(ctx.call, wanted, ctx.out_kinds))(list(tensors), given)
+        result: list[Any] = [None] * (len(tensors) + 1)
+        for i, g in zip(wanted, found, strict=True):
+            result[i + 1] = g
+        return tuple(result)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, call: _Call, *tensors: Any) -> Any:
+        fn = jax.vmap(lambda *arrays: call.flat(*arrays), in_axes=tuple(in_dims[1:]), axis_size=info.batch_size)
+        outs = j2t_autograd(lambda *arrays: fn(*arrays))(*tensors)
+        return outs, tuple(0 for _ in outs)
+
+
+def _vjp(call: _Call, wanted: list[int], out_kinds: list[bool]) -> Callable[..., Any]:
+    """(inputs, cotangents of the floating results) -> gradients of the wanted inputs, as a JAX function."""
+
+    def run(arrays: list[Any], cotangents: list[Any]) -> list[Any]:
+        def forward(*chosen: Any) -> Any:
+            full = list(arrays)
+            for i, x in zip(wanted, chosen, strict=True):
+                full[i] = x
+            outs = call.flat(*full)
+            return [o for o, kind in zip(outs, out_kinds, strict=True) if kind]
+
+        outs, vjp = jax.vjp(forward, *[arrays[i] for i in wanted])
+        # jax and torch disagree about the gradient of complex numbers by a conjugate
+        found = vjp([_conj(g.astype(o.dtype)) for g, o in zip(cotangents, outs, strict=True)])
+        return [_conj(g) for g in found]
+
+    return run
+
+
+def _conj(x: Any) -> Any:
+    return jnp.conj(x) if jnp.iscomplexobj(x) else x
+
+
+def _fresh(x: Any, operands: list[Any]) -> Tensor:
+    """A tensor for a result; one of its own where the function gave back an operand."""
+    if any(x is o for o in operands):
+        x = jnp.copy(x)
+    return Tensor(x)
+
+
+def _holds(x: jax.Array) -> bool:
+    return not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
+
+
+def _wide(leaves: Any) -> Any:
+    """JAX's 64-bit mode where a 64-bit tensor takes part, so that its dtype is kept."""
+    wide = any(type(x) is Tensor and x._m.wide for x in leaves)
+    return jax.enable_x64(True) if wide else _nothing
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
+_nothing = _Nothing()
+
+
+# ---------------------------------------------------------------------- the other way
+def t2j_autograd(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A torch function as a JAX function whose gradient is torch's own backward.
+
+    `jax_view` lets JAX differentiate what the torch function computed; this keeps custom `torch.autograd.Function`s and
+    `torch.no_grad` regions. The backward runs the forward again.
+
+    Args:
+        fn: takes and gives nests of tensors, positionally.
+    """
+
+    @jax.custom_vjp
+    def call(*args: Any) -> Any:
+        return enter(fn, args, {})
+
+    def forward(*args: Any) -> Any:
+        return enter(fn, args, {}), args
+
+    def backward(args: Any, cotangents: Any) -> Any:
+        return enter(functools.partial(_torch_backward, fn), (args, cotangents), {})
+
+    call.defvjp(forward, backward)
+    return functools.wraps(fn)(lambda *args: call(*args)) if hasattr(fn, "__name__") else call
+
+
+def _torch_backward(fn: Callable[..., Any], args: Any, cotangents: Any) -> Any:
+    leaves: list[Any] = []
+    spec = flatten(args, leaves)
+    inputs = [x.detach().requires_grad_() if type(x) is Tensor and x.is_floating_point() else x for x in leaves]
+    wanted = [x for x in inputs if type(x) is Tensor and x.requires_grad]
+    with torch.enable_grad():
+        outs: list[Any] = []
+        flatten(fn(*unflatten(spec, iter(inputs))), outs)
+    given: list[Any] = []
+    flatten(cotangents, given)
+    pairs = [(o, g) for o, g in zip(outs, given, strict=True) if isinstance(o, torch.Tensor) and o.requires_grad]
+    found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True) if pairs else [None] * len(wanted)
+    grads = iter(found)
+    result = []
+    for x in inputs:
+        if type(x) is Tensor and x.requires_grad:
+            g = next(grads)
+            result.append(torch.zeros_like(x) if g is None else g)
+        else:
+            result.append(np.zeros(tuple(x.shape), jax.dtypes.float0) if isinstance(x, torch.Tensor) else x)
+    return unflatten(spec, iter(result))
+
+
+def jax_value_and_grad(fn: Callable[..., Any], kwargs_for_value_and_grad: dict[str, Any] | None = None, **options: Any) -> Callable[..., Any]:
+    """`jax.value_and_grad` of a torch function: tensors in, value and gradients (tensors in the nest of the argument) out.
+
+    Args:
+        fn: gives a 0-d tensor, the loss; JAX differentiates it.
+        kwargs_for_value_and_grad: ``argnums``, ``has_aux``, ... as for `jax.value_and_grad`; also as keywords.
+        options: see there.
+    """
+    transformed = jax.value_and_grad(functools.partial(_entered, fn), **{**(kwargs_for_value_and_grad or {}), **options})
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        leaves: list[Any] = []
+        spec = flatten((args, kwargs), leaves)
+        a, k = unflatten(spec, iter([to_array(x) for x in leaves]))
+        with torch.no_grad(), _wide(leaves):
+            return tree_map(to_tensor, transformed(*a, **k))
+
+    return functools.wraps(fn)(call) if hasattr(fn, "__name__") else call
+
+
+def _entered(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return enter(fn, args, kwargs)
+
+
+def gradient_checkpoint(fn: Callable[..., Any], kwargs: dict[str, Any] | None = None, **options: Any) -> Callable[..., Any]:
+    """`jax.checkpoint` of a torch function or module: what it computes is not kept for the backward but computed again.
+
+    Under JAX's differentiation (inside `jax_view`) it is `jax.checkpoint`, with its options. Under torch's autograd,
+    eagerly and in `torchax.compile`, gradients also reach the parameters that the function uses without being given them.
+
+    Args:
+        fn: takes and gives nests of tensors.
+        kwargs: options of `jax.checkpoint` (``policy``, ``prevent_cse``, ``static_argnums``), for JAX's differentiation.
+        options: the same.
+    """
+    through_jax = jax.checkpoint(functools.partial(_entered, fn), **{**(kwargs or {}), **options})
+
+    def call(*args: Any, **keywords: Any) -> Any:
+        if isinstance(state.executor, Entered):
+            leaves: list[Any] = []
+            spec = flatten((args, keywords), leaves)
+            a, k = unflatten(spec, iter([to_array(x) for x in leaves]))
+            return tree_map(to_tensor, through_jax(*a, **k))
+        if not torch.is_grad_enabled():
+            return fn(*args, **keywords)
+        run = _Recomputed(fn)
+        return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **keywords)
+
+    if isinstance(fn, torch.nn.Module):
+        return call
+    return functools.wraps(fn)(call) if hasattr(fn, "__name__") else call
+
+
+class _Recomputed:
+    """A function that runs once forward, and again in the backward on the same random numbers.
+
+    The second time its inputs pass a barrier, so that XLA does not recognise the first computation and keep it after all.
+    """
+
+    def __init__(self, fn: Callable[..., Any]):
+        self.fn, self.again, self.rng = fn, False, None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        source, executor = _random.default(0), state.executor
+        before = executor.load(source.storage)
+        if not self.again:
+            self.again, self.rng = True, before
+            return self.fn(*args, **kwargs)
+        executor.store(source.storage, self.rng)
+        try:
+            args, kwargs = tree_map(_barrier, (args, kwargs))
+            return self.fn(*args, **kwargs)
+        finally:
+            executor.store(source.storage, before)
+
+
+class _Barrier(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:  # type: ignore[override]
+        value = jax.lax.optimization_barrier(to_array(x))
+        return wrap(value, x._m if x._m.contiguous else dense_meta(x._m.shape, x._m.dtype, x._m.index))
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:  # type: ignore[override]
+        return g
+
+
+def _barrier(x: Any) -> Any:
+    if type(x) is not Tensor or state.executor.owner is None:
+        return x
+    return _Barrier.apply(x)
+
+
+__all__ = ["gradient_checkpoint", "j2t_autograd", "jax_value_and_grad", "t2j_autograd"]

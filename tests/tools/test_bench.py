@@ -1,0 +1,28 @@
+"""The benchmark program runs and reports; what it measures is nobody's business here."""
+
+from __future__ import annotations
+
+import torch
+from torchax_tools.bench import __main__ as bench
+from torchax_tools.bench import measure, models
+
+
+def test_ratio_and_failure() -> None:
+    x = torch.ones(3, device="jax")
+    row = measure.ratio(
+        "g", "n", lambda: x + x, lambda: x * x, "x * x", 2.0, lambda: torch.ones(3), rounds=3, batch=1e-4
+    )
+    assert row.value and row.ours and row.theirs and row.torch_cpu and row.reached == (row.value <= 2.0)
+    broken = measure.ratio("g", "broken", lambda: 1 // 0, lambda: 1, "", None)
+    assert broken.value is None and broken.error.startswith("ZeroDivisionError")
+    table = bench.report([row, broken])
+    assert table.row_count == 2
+
+
+def test_models_are_what_they_say() -> None:
+    for name, make in models.MODELS.items():
+        model, inputs = make()
+        model.eval()
+        with torch.no_grad():
+            out = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+        assert (out if isinstance(out, torch.Tensor) else out[0]).isfinite().all(), name
