@@ -152,11 +152,18 @@ def check_forward(pair: Pair) -> None:
 
 
 def check_compiled(pair: Pair) -> None:
+    """The third call runs no line of the model's Python any more."""
+    calls: list[object] = []
+    module = copy.deepcopy(pair.jax)
+    module.register_forward_pre_hook(lambda module, args: calls.append(module))
     with torch.no_grad():
-        compiled, inputs = torchax.compile(pair.jax), to("jax", pair.inputs)
+        compiled, inputs = torchax.compile(module), to("jax", pair.inputs)
         want = pair.cpu(**pair.inputs)
-        assert_close(compiled(**inputs), want, 1e-4, "first call:")
-        assert_close(compiled(**inputs), want, 1e-4, "second call:")
+        for call in ("first", "second"):
+            assert_close(compiled(**inputs), want, 1e-4, f"{call} call:")
+        before = len(calls)
+        assert_close(compiled(**inputs), want, 1e-4, "third call:")
+    assert len(calls) == before, "the model runs eagerly"
 
 
 def check_backward(pair: Pair) -> None:
@@ -179,12 +186,15 @@ def check_steps(pair: Pair, **options: Any) -> None:
 
 
 def check_generate(pair: Pair) -> None:
+    """The same tokens, and at every step the same scores: a token alone says little about the cache behind it."""
     prompt = {k: pair.inputs[k] for k in pair.model.prompt}
+    options = {**pair.model.generate, "return_dict_in_generate": True, "output_scores": True}
     with torch.no_grad():
-        want = pair.cpu.generate(**prompt, **pair.model.generate)
-        got = pair.jax.generate(**to("jax", prompt), **pair.model.generate)
-    assert got.device.type == "jax"
-    assert got.tolist() == want.tolist()
+        want = pair.cpu.generate(**prompt, **options)
+        got = pair.jax.generate(**to("jax", prompt), **options)
+    assert got.sequences.device.type == "jax"
+    assert got.sequences.tolist() == want.sequences.tolist()
+    assert_close(got.scores, want.scores, 1e-4)
 
 
 def check_bfloat16(pair: Pair) -> None:

@@ -1,14 +1,13 @@
 """Random index expressions, read and written, against CPU torch."""
 
-import hypothesis
-import hypothesis.strategies as st
 import pytest
 import torch
 import torchax  # noqa: F401
+from hypothesis import given
+from hypothesis import strategies as st
 
 SIZES = st.integers(1, 4)
 DTYPES = st.sampled_from([torch.float32, torch.int64, torch.bfloat16, torch.bool, torch.complex64])
-few = hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def values(shape, dtype, start=1):
@@ -25,7 +24,9 @@ def same(jax, cpu):
 
 @st.composite
 def index_tensors(draw, size, shape):
-    entries = draw(st.lists(st.integers(-size, size - 1), min_size=torch.Size(shape).numel(), max_size=torch.Size(shape).numel()))
+    entries = draw(
+        st.lists(st.integers(-size, size - 1), min_size=torch.Size(shape).numel(), max_size=torch.Size(shape).numel())
+    )
     return torch.tensor(entries, dtype=draw(st.sampled_from([torch.int64, torch.int32]))).reshape(shape)
 
 
@@ -46,7 +47,13 @@ def expressions(draw, shape, masks=True, unique=False):
                 break
             continue
         if kind == "slice":
-            parts.append(slice(draw(st.integers(-size, size)), draw(st.one_of(st.none(), st.integers(-size, size))), draw(st.integers(1, 2))))
+            parts.append(
+                slice(
+                    draw(st.integers(-size, size)),
+                    draw(st.one_of(st.none(), st.integers(-size, size))),
+                    draw(st.integers(1, 2)),
+                )
+            )
         elif kind == "integer":
             parts.append(draw(st.integers(-size, size - 1)))
         elif kind == "mask":
@@ -69,16 +76,19 @@ def on_device(expression):
     return tuple(e.to("jax") if isinstance(e, torch.Tensor) else e for e in expression)
 
 
-@few
-@hypothesis.given(data=st.data(), shape=st.lists(SIZES, min_size=1, max_size=4), dtype=DTYPES)
+@given(data=st.data(), shape=st.lists(SIZES, min_size=1, max_size=4), dtype=DTYPES)
 def test_read(data, shape, dtype):
     x = values(shape, dtype)
     expression = data.draw(expressions(shape))
     same(x.to("jax")[on_device(expression)], x[expression])
 
 
-@few
-@hypothesis.given(data=st.data(), shape=st.lists(SIZES, min_size=1, max_size=3), dtype=DTYPES, form=st.sampled_from(["number", "tensor", "full"]))
+@given(
+    data=st.data(),
+    shape=st.lists(SIZES, min_size=1, max_size=3),
+    dtype=DTYPES,
+    form=st.sampled_from(["number", "tensor", "full"]),
+)
 def test_write(data, shape, dtype, form):
     x = values(shape, dtype)
     expression = data.draw(expressions(shape))
@@ -97,8 +107,11 @@ def test_write(data, shape, dtype, form):
     same(y, written)
 
 
-@few
-@hypothesis.given(data=st.data(), shape=st.lists(SIZES, min_size=1, max_size=3), dtype=st.sampled_from([torch.float32, torch.int64, torch.float64]))
+@given(
+    data=st.data(),
+    shape=st.lists(SIZES, min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.int64, torch.float64]),
+)
 def test_accumulate(data, shape, dtype):
     common = data.draw(st.sampled_from([(4,), (2, 3), (1,)]))
     count = data.draw(st.integers(1, len(shape)))
@@ -111,8 +124,7 @@ def test_accumulate(data, shape, dtype):
     same(y, x.clone().index_put_(indices, new[:1], accumulate=True))
 
 
-@few
-@hypothesis.given(data=st.data(), shape=st.lists(SIZES, min_size=1, max_size=3))
+@given(data=st.data(), shape=st.lists(SIZES, min_size=1, max_size=3))
 def test_gradients(data, shape):
     expression = data.draw(expressions(shape))
     x = values(shape, torch.float32)
@@ -126,8 +138,7 @@ def test_gradients(data, shape):
     same(b.grad, a.grad)
 
 
-@few
-@hypothesis.given(data=st.data(), shape=st.lists(SIZES, min_size=1, max_size=3), dim=st.integers(-1, 0))
+@given(data=st.data(), shape=st.lists(SIZES, min_size=1, max_size=3), dim=st.integers(-1, 0))
 def test_gather_and_scatter(data, shape, dim):
     x = values(shape, torch.float32)
     smaller = [data.draw(st.integers(1, n)) for n in shape]
@@ -140,11 +151,13 @@ def test_gather_and_scatter(data, shape, dim):
     same(d.scatter_add(dim, i, s), x.scatter_add(dim, index, source))
     reduce = data.draw(st.sampled_from(["sum", "prod", "mean", "amax", "amin"]))
     itself = data.draw(st.booleans())
-    same(d.scatter_reduce(dim, i, s, reduce, include_self=itself), x.scatter_reduce(dim, index, source, reduce, include_self=itself))
+    same(
+        d.scatter_reduce(dim, i, s, reduce, include_self=itself),
+        x.scatter_reduce(dim, index, source, reduce, include_self=itself),
+    )
 
 
-@few
-@hypothesis.given(data=st.data(), shape=st.lists(SIZES, min_size=1, max_size=3), dim=st.integers(-1, 0))
+@given(data=st.data(), shape=st.lists(SIZES, min_size=1, max_size=3), dim=st.integers(-1, 0))
 def test_along_one_dimension(data, shape, dim):
     x = values(shape, torch.float32)
     index = data.draw(index_tensors(shape[dim], (3,))).long() % shape[dim]
@@ -158,8 +171,7 @@ def test_along_one_dimension(data, shape, dim):
         same(d.index_copy(dim, i, s), x.index_copy(dim, index, source))
 
 
-@few
-@hypothesis.given(data=st.data(), shape=st.lists(SIZES, min_size=1, max_size=3))
+@given(data=st.data(), shape=st.lists(SIZES, min_size=1, max_size=3))
 def test_masks(data, shape):
     x = values(shape, torch.float32)
     n = x.numel()
@@ -177,7 +189,16 @@ def test_masks(data, shape):
     same(y, written)
 
 
-@pytest.mark.parametrize("shape,mask_shape,value_shape", [((3, 4), (3,), (4,)), ((3, 4), (3,), (1, 4)), ((3, 4), (3,), (2, 1)), ((2, 3, 4), (2, 3), (4,)), ((3, 4), (3, 4), ())])
+@pytest.mark.parametrize(
+    "shape,mask_shape,value_shape",
+    [
+        ((3, 4), (3,), (4,)),
+        ((3, 4), (3,), (1, 4)),
+        ((3, 4), (3,), (2, 1)),
+        ((2, 3, 4), (2, 3), (4,)),
+        ((3, 4), (3, 4), ()),
+    ],
+)
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_mask_with_broadcast_values(shape, mask_shape, value_shape, accumulate):
     mask = torch.zeros(mask_shape, dtype=torch.bool)

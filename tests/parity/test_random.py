@@ -62,7 +62,7 @@ def test_continuous(name):
 DISCRETE = {
     "bernoulli": (lambda: torch.bernoulli(torch.full((N,), 0.3, device="jax")), scipy.stats.bernoulli(0.3)),
     "bernoulli_p": (lambda: empty(N).bernoulli_(0.3), scipy.stats.bernoulli(0.3)),
-    "bernoulli_tensor": (lambda: empty(N).bernoulli_(torch.full((N,), 0.3)), scipy.stats.bernoulli(0.3)),
+    "bernoulli_tensor": (lambda: empty(N).bernoulli_(torch.full((N,), 0.3, device="jax")), scipy.stats.bernoulli(0.3)),
     "randint": (lambda: torch.randint(-3, 7, (N,), device="jax"), scipy.stats.randint(-3, 7)),
     "randint_like": (lambda: torch.randint_like(empty(N), 5), scipy.stats.randint(0, 5)),
     "random_to": (lambda: empty(N).random_(7), scipy.stats.randint(0, 7)),
@@ -202,7 +202,9 @@ def test_gamma_gradients():
     alpha = torch.rand(200, dtype=torch.float64) * 5 + 0.1
     draw = torch._standard_gamma(alpha)
     expected = torch._standard_gamma_grad(alpha, draw)
-    torch.testing.assert_close(torch._standard_gamma_grad(alpha.to("jax"), draw.to("jax")).cpu(), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        torch._standard_gamma_grad(alpha.to("jax"), draw.to("jax")).cpu(), expected, rtol=1e-3, atol=1e-5
+    )
     concentration = torch.rand(50, 4, dtype=torch.float64) * 3 + 0.3
     x = torch._sample_dirichlet(concentration)
     total = concentration.sum(-1, True).expand_as(x)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same
 from hypothesis import given
 from hypothesis import strategies as st
+
+from helpers import assert_same
 
 DTYPES = [
     torch.float32,

@@ -196,7 +196,6 @@ UNSUPPORTED = {
     "sparse csr": (lambda: torch.eye(2).to_sparse_csr(), "to_dense"),
     "quantized": (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "dequantize"),
     "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "dense"),
-    "mkldnn": (lambda: torch.ones(2).to_mkldnn(), "to_dense"),
     "complex32": (lambda: torch.ones(2).to(torch.complex32), "complex64"),
 }
 

@@ -48,6 +48,8 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": through_pickle, "save": through_f
     ids=str,
 )
 def test_a_copy_has_values_and_layout(how, dtype):
+    if how == "pickle" and dtype in (torch.uint16, torch.float8_e5m2):
+        pytest.skip("torch cannot pickle these on CPU either, only save them")
     base = torch.randn(4, 6).to(dtype) if dtype != torch.bool else torch.randn(4, 6) > 0
     for t in (base, base.t(), base[1:, ::2], base[2, 3], base[:0]):
         x, want = base.to("jax"), t
@@ -63,7 +65,7 @@ def test_a_copy_has_values_and_layout(how, dtype):
         assert got.data_ptr() != x.data_ptr() or not t.numel()
 
 
-@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("how", ["deepcopy", "save"])  # torch's plain pickles do not share
 def test_shared_storages_stay_shared(how):
     x = torch.arange(6.0, device="jax")
     a, b, c, other = COPIES[how]([x, x.view(2, 3), x[2:], torch.arange(6.0, device="jax")])
@@ -98,10 +100,6 @@ def test_deepcopy_takes_gradients_and_attributes_along():
     assert p.grad.tolist() == [3, 3]
     with pytest.raises(RuntimeError, match="graph leaves"):
         copy.deepcopy(p * 2)
-    shallow = copy.copy(p)
-    with torch.no_grad():
-        shallow.fill_(9)
-    assert p.tolist() == copy.copy(torch.nn.Parameter(torch.ones(2))).fill_(9).tolist() if False else True
 
 
 def test_copy_copy_shares_as_torchs_does():
@@ -120,20 +118,17 @@ def test_deepcopied_modules_are_independent_and_stay_tied():
             super().__init__()
             self.embed, self.head = torch.nn.Embedding(4, 3), torch.nn.Linear(3, 4, bias=False)
             self.head.weight = self.embed.weight
-            self.register_buffer("window", torch.arange(4.0))
-            self.register_buffer("half", self.window[:2])
 
     m = Tied().to("jax")
+    m.register_buffer("window", torch.arange(4.0, device="jax"))
+    m.register_buffer("start", m.window[:2])
     n = copy.deepcopy(m)
     assert n.head.weight is n.embed.weight is not m.embed.weight and n.head.weight.device.type == "jax"
     n.window[0] = 7
-    assert n.half[0] == 7 and m.window[0] == 0
-    loaded = (
-        torch.load(saved(m), weights_only=False)
-        if False
-        else through_pickle(copy.deepcopy(torch.nn.Sequential(torch.nn.Linear(2, 2)).to("jax")))
-    )
-    assert loaded[0].weight.device.type == "jax"
+    assert n.start[0] == 7 and m.window[0] == 0
+    linear = through_pickle(torch.nn.Sequential(torch.nn.Linear(2, 2)).to("jax"))
+    assert linear[0].weight.device.type == "jax" and isinstance(linear[0].weight, torch.nn.Parameter)
+    assert torch.load(saved(linear), weights_only=False)[0].weight.device.type == "jax"
 
 
 # Files ------------------------------------------------------------------------------------------------------------
@@ -229,12 +224,12 @@ def test_a_state_dict_and_an_optimizer_go_through_a_file():
         n = torch.nn.Linear(3, 2).to("jax")
         n.load_state_dict(state["model"])
         again = torch.optim.Adam(n.parameters(), lr=0.5)
-        again.load_state_dict(state["opt"])
+        again.load_state_dict(copy.deepcopy(state["opt"]))
         assert again.param_groups[0]["lr"] == 0.1
         assert again.state[n.weight]["exp_avg"].device.type == "jax"
-        m2, opt2 = copy.deepcopy(m), torch.optim.Adam(m.parameters(), lr=0.1)
+        m2 = copy.deepcopy(m)
         opt2 = torch.optim.Adam(m2.parameters(), lr=0.1)
-        opt2.load_state_dict(opt.state_dict())
+        opt2.load_state_dict(copy.deepcopy(opt.state_dict()))
         step(n, again)
         step(m2, opt2)
         torch.testing.assert_close(n.weight.cpu(), m2.weight.cpu())

@@ -35,26 +35,26 @@ _backend.register_kernels()
 __version__ = "0.1.0"
 
 # Names that live in torchax-interop, loaded on first use.
-_INTEROP = ("compile", "extract_jax", "interop", "load_checkpoint", "save_checkpoint", "train", "flax", "export", "mesh_util", "view")
+_INTEROP = ("compile", "extract_jax", "load_checkpoint", "save_checkpoint")
+_MODULES = ("interop", "view")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _INTEROP:
-        raise AttributeError(f"module 'torchax' has no attribute {name!r}")
     import importlib
 
-    if name == "interop":
-        return importlib.import_module("torchax.interop")
-    interop = importlib.import_module("torchax.interop")
-    return getattr(interop, name)
+    if name in _MODULES:
+        return importlib.import_module(f"torchax.{name}")
+    if name in _INTEROP:
+        return getattr(importlib.import_module("torchax.interop"), name)
+    raise AttributeError(f"module 'torchax' has no attribute {name!r}")
 
 
 if TYPE_CHECKING:
-    from . import interop
+    from . import interop, view
     from .interop import compile, extract_jax, load_checkpoint, save_checkpoint
 
 __all__ = [
     "Generator", "Tensor", "amp", "compile", "config", "convert", "default_env", "device", "disable_globally", "dtypes",
     "enable_accuracy_mode", "enable_globally", "enable_performance_mode", "errors", "extract_jax", "from_dlpack", "hookspecs",
-    "interop", "load_checkpoint", "ops", "plugins", "random", "save_checkpoint",
+    "interop", "load_checkpoint", "ops", "plugins", "random", "save_checkpoint", "view",
 ]  # fmt: skip

@@ -13,16 +13,19 @@ from typing import Any
 
 import torch
 from torch.optim.optimizer import _foreach_supported_types
+from torch.fx.experimental import proxy_tensor
+from torch.utils import _foreach_utils
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from . import _accelerator, _core_ops, _loading, amp, convert, device
 from ._dispatch import RULES
 from ._registry import REGISTRY
 from ._whole import whole_kernel
-from .tensor import Tensor
+from .tensor import OWN, Tensor
 
 _KEYS = ("PrivateUse1", "Lazy")
 _libraries: list[torch.library.Library] = []
+_refusing: list[torch.library.Library] = []
 _autograd: torch.library.Library | None = None
 _registered: set[str] = set()
 _CORE_FACTORIES = ("aten::empty.memory_format", "aten::empty_strided")
@@ -45,9 +48,12 @@ def install() -> None:
         library.impl("_copy_from", _copy_from)
     for key, name in _UNSUPPORTED:
         library = torch.library.Library("aten", "IMPL", key)
-        library.impl(name, _refusing(torch._C.DispatchKey.CompositeExplicitAutograd, _overload(f"aten::{name}")))
-        _libraries.append(library)
+        library.impl(name, _refuse)
+        _refusing.append(library)
     _accelerator.install()
+    _foreach_utils._get_foreach_kernels_supported_devices = _foreach_devices(_foreach_utils._get_foreach_kernels_supported_devices)
+    proxy_tensor.HANDLED_TYPES += (Tensor,)  # else `make_fx` (torch.func.linearize) takes what is computed for constants
+    torch.Tensor.pin_memory = _pin_memory  # type: ignore[method-assign]
     amp.install()
     _loading.install()
     torch.nn.Module._apply = _apply  # type: ignore[method-assign]
@@ -115,25 +121,35 @@ def _copy_from(src: torch.Tensor, dst: torch.Tensor, non_blocking: bool = False)
     return _core_ops.copy_((dst, src), {})
 
 
-# where tensors that are not dense pass on their way to the device
+def _foreach_devices(known: Callable[[], list[str]]) -> Callable[[], list[str]]:
+    """C++ groups tensors by its own name of their device."""
+    return lambda: [*known(), "lazy"]
+
+
+_torch_pin_memory = torch.Tensor.pin_memory
+
+
+def _pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:
+    """`torch.Tensor.pin_memory`: JAX reads pageable memory, so a CPU tensor stays as it is where ``jax`` is the accelerator."""
+    accelerator = torch.accelerator.current_accelerator()
+    if self.device.type == "cpu" and accelerator is not None and accelerator.type == "jax":
+        return self
+    return _torch_pin_memory(self) if device is None else _torch_pin_memory(self, device)
+
+
+# where tensors that are not dense arrive on their way to the device
 _UNSUPPORTED = (
-    ("SparseCPU", "_to_copy"), ("SparseCsrCPU", "_to_copy"), ("MkldnnCPU", "_to_copy"), ("QuantizedCPU", "_to_copy"),
-    ("NestedTensorPrivateUse1", "_to_copy"), ("SparsePrivateUse1", "empty.memory_format"), ("QuantizedPrivateUse1", "empty.memory_format"),
+    ("SparsePrivateUse1", "_to_copy"), ("SparseCsrPrivateUse1", "_to_copy"), ("QuantizedPrivateUse1", "_to_copy"),
+    ("NestedTensorPrivateUse1", "_to_copy"), ("SparsePrivateUse1", "empty.memory_format"), ("SparsePrivateUse1", "zeros"),
+    ("SparseCsrPrivateUse1", "empty.memory_format"), ("QuantizedPrivateUse1", "empty.memory_format"),
 )  # fmt: skip
 
 
-def _refusing(composite: Any, op: Any) -> Callable[..., Any]:
-    """`op` as torch does it, except that what no `jax.Array` can hold does not go to device ``jax``."""
-
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        if torch.device(kwargs.get("device") or "cpu").type in ("jax", "lazy"):
-            if isinstance(args[0], torch.Tensor):
-                convert.check_dense(args[0])
-            else:
-                _core_ops.refuse_layout(kwargs.get("layout"))
-        return op._op_dk(composite, *args, **kwargs)
-
-    return kernel
+def _refuse(first: Any, *args: Any, **kwargs: Any) -> Any:
+    """No `jax.Array` can hold it."""
+    if isinstance(first, torch.Tensor):
+        convert.check_dense(first)
+    _core_ops.refuse_layout(kwargs.get("layout"))
 
 
 def _efficient_zeros(size: Any, **kwargs: Any) -> torch.Tensor:
@@ -168,6 +184,7 @@ def _apply(self: torch.nn.Module, fn: Callable[..., Any], recurse: bool = True) 
             if id(old) in seen or new is None:
                 continue
             if new is not old and type(new) is not type(old):
+                new.__dict__.update({k: v for k, v in old.__dict__.items() if k not in OWN})  # the user's attributes
                 try:
                     torch.utils.swap_tensors(old, new)
                     new = old

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from . import convert, errors
 from ._execute import Program, state
 from ._storage import TensorMeta, contiguous_strides, dense_meta, grow, meta_of, physical_order
 from ._viewing import as_strided
-from ._views import strided_view
+from ._views import View, intern_step, root, strided_view
 from .tensor import Tensor, become, make, wrap
 
 Rule = Callable[[tuple[Any, ...], dict[str, Any]], Any]
@@ -105,7 +106,7 @@ def _zeros(meta: TensorMeta) -> Tensor:
 
 
 # ---------------------------------------------------------------------- aliases
-@core_rule("aten::detach", "aten::alias", "aten::lift", "aten::lift_fresh", "aten::_fw_primal")
+@core_rule("aten::alias", "aten::lift", "aten::lift_fresh", "aten::_fw_primal")
 def alias(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Another tensor on the same storage, the same view."""
     t = args[0]
@@ -115,6 +116,22 @@ def alias(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if t._cache is not None:
         twin._cache = t._cache
     return twin
+
+
+@core_rule("aten::detach")
+def detach(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An alias; where JAX differentiates the trace, one that stops its gradients."""
+    twin = alias(args, kwargs)
+    owner = state.executor.owner
+    if owner is None or not owner.stop_gradients or type(twin) is not Tensor:
+        return twin
+    view = twin._v
+    chain = root(twin._s.geometry) if view is None else view.chain
+    positions, offset = ((), 0) if view is None else (view.positions, view.offset)
+    return make(twin._s, twin._m, View(chain.then(_STOP), positions, offset))
+
+
+_STOP = intern_step("aten::detach", jax.lax.stop_gradient, lambda base, value: value, (), 0)
 
 
 @core_rule("aten::set_.source_Tensor")

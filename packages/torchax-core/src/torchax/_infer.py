@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import torch
 from torch.utils._pytree import tree_map
 
+from . import dtypes
 from ._storage import TensorMeta, dense_meta, meta_of
 from .tensor import Tensor
 
@@ -69,7 +71,7 @@ def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fresh:
 
 
 def _cpu_error(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
-    """What CPU torch says: the op on CPU tensors of the same metadata that hold one expanded element."""
+    """What CPU torch says: the op on CPU tensors of the same metadata; large ones hold one expanded element."""
     written = {id(a) for a, s in zip(args, func._schema.arguments, strict=False) if s.alias_info is not None and s.alias_info.is_write}
 
     def on_cpu(x: Any) -> Any:
@@ -78,6 +80,9 @@ def _cpu_error(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exce
                 if math.prod(x._m.shape) > _CPU_COPY_LIMIT:
                     raise MemoryError
                 return torch.zeros(x._m.shape, dtype=x._m.dtype)
+            size = 1 + sum((n - 1) * s for n, s in zip(x._m.shape, x._m.strides, strict=True)) if x._m.numel else 0
+            if size <= _CPU_COPY_LIMIT:  # with its strides, by which some ops judge
+                return torch.zeros(size, dtype=x._m.dtype).as_strided(x._m.shape, x._m.strides)
             return torch.zeros((), dtype=x._m.dtype).expand(x._m.shape)
         if isinstance(x, torch.device):
             return torch.device("cpu")
@@ -94,11 +99,7 @@ def _cpu_error(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exce
 
 
 def infer_by_shape(run: Callable[..., Any], operands: list[Any], index: int) -> Any:
-    """For ops without a meta kernel: shapes and dtypes of the lowering itself, row-major strides."""
-    import jax
-
-    from . import dtypes
-
+    """For ops without a meta kernel: shapes and dtypes of what `run` gives for the operands, row-major strides."""
     shapes = [jax.ShapeDtypeStruct(o._m.shape, o._m.jax_dtype) if type(o) is Tensor else o for o in operands]
     with jax.enable_x64(True):
         out = jax.eval_shape(run, *shapes)

@@ -27,6 +27,9 @@ class LoadedStorage(torch.UntypedStorage):
 
     size = __len__ = nbytes
 
+    def data_ptr(self) -> int:  # not 0, else torch does not remember that it has read this one
+        return self.source.data_ptr()
+
     def _set_from_file(self, *args: Any) -> Any:  # the old format reads the bytes last
         return self.source._set_from_file(*args)  # type: ignore[attr-defined]
 

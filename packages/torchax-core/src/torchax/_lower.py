@@ -128,7 +128,9 @@ def _promoted(x: Any, dtype: np.dtype) -> Any:
     if isinstance(x, bool | int | float | complex):  # compiled in: stays a Python number, of the kind of dtype
         if dtype.kind in "fV":
             return float(x.real)
-        return complex(x) if dtype.kind == "c" else x
+        if dtype.kind == "c":
+            return complex(x)
+        return x if dtype.kind == "b" or np.iinfo(dtype).min <= x <= np.iinfo(dtype).max else np.asarray(x).astype(dtype)
     return convert.cast(jnp.asarray(x), dtype) if x.dtype != dtype else x
 
 

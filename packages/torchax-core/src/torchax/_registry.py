@@ -39,11 +39,15 @@ class Lowering:
         operands: names of ``int``, ``float`` (or list) arguments that are run-time operands.
         specialize: for an operand, the values worth a program of their own.
         inverse: for a view, how a new value of the view is written into its base.
-        prepare: for a view, the arguments split into static ones and run-time positions.
+        prepare: for a view, the arguments split into static ones and run-time positions (see `ViewLowering.prepare`). For a
+            factory, whose arguments are numbers, ``prepare(*args, **kwargs)`` gives ``(static, operands)``, and `fn` is called
+            with both; None leaves the refusal to torch.
         whole: a composite op that is kept whole before autograd.
         backward: for a whole op, its backward; None derives it with `jax.vjp`.
         random: `fn` takes a keyword ``key``, a fresh PRNG key.
         writes: names of arguments whose new values `fn` returns after the results.
+        meta: whether torch's meta kernel says shapes and dtypes of the results. False where it refuses what CPU torch
+            takes: then they are those that `fn` gives.
         platforms: platforms that this lowering serves; empty means every one.
         dtypes: dtypes of the first tensor argument that it serves; empty means every one.
         when: a predicate over the call's arguments, `jax.ShapeDtypeStruct`s in place of tensors.
@@ -66,6 +70,7 @@ class Lowering:
     backward: Callable[..., Any] | None = None
     random: bool = False
     writes: tuple[str, ...] = ()
+    meta: bool = True
     platforms: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
     when: Callable[..., bool] | None = None

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -22,8 +23,9 @@ from ._infer import NoMeta, infer, infer_by_shape
 from ._lower import Apply, decomposed, decomposition, is_composite_implicit, lowered, op_by_op
 from ._execute.traced import ImpureTrace
 from ._missing import missing
+from ._prepared import prepared_rule
 from ._registry import REGISTRY, Lowering
-from ._signature import Signature, place
+from ._signature import DROPPED, Signature, place
 from ._storage import Storage, TensorMeta, dense_meta
 from ._twins import functional_twin
 from ._viewing import inplace_view_rule, strided_view_rule, view_rule, views_rule
@@ -43,6 +45,8 @@ def make_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
         return view_rule(func, entries[0])
     if "views" in kinds:
         return views_rule(func, entries[0])
+    if entries and entries[0].prepare is not None:
+        return prepared_rule(func, entries[0])
     if "stateful" in kinds and func._schema.is_mutable:
         return FunctionalRule(func)
     if torch.Tag.inplace_view in func.tags and func._schema.name.endswith("_"):
@@ -50,6 +54,8 @@ def make_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
     if func._schema.is_mutable:
         return mutating_rule(func)
     if not entries and is_composite_implicit(func):
+        return composite_rule(func)
+    if not entries and not any("Tensor" in str(r.type) for r in func._schema.returns):  # it asks for values (allclose)
         return composite_rule(func)
     if not entries and _returns_alias(func):
         return strided_view_rule(func)
@@ -85,9 +91,9 @@ class Entry:
 class FunctionalRule:
     """Values in, values out: one cached program per signature."""
 
-    def __init__(self, func: Any):
+    def __init__(self, func: Any, lowered: bool = True):
         self.func = func
-        self.entries = REGISTRY.lowerings(func)
+        self.entries = REGISTRY.lowerings(func) if lowered else []
         self.element = None if self.entries else foreach_element(func)
         self.signature = Signature(func, self.entries or (REGISTRY.lowerings(self.element) if self.element else ()), bool(self.entries or self.element))
         self.cache: dict[tuple[Any, ...], Entry] = {}
@@ -139,13 +145,15 @@ class FunctionalRule:
             return Entry(None, lambda a, k: func(*tree_map(lambda x: _stand_in(x, k["device"]), a), **k), None, (), 0, None)
         index = _device_index(func, args, kwargs)
         entry = self._choose(args, kwargs, index)
+        if entry is None and self.entries:  # no condition holds: torch's decomposition, which takes numbers as numbers
+            return Entry(None, FunctionalRule(func, lowered=False), None, (), index, None)
         template = self.signature.template(args, kwargs, everything=entry is None and self.element is None)
         if entry is None and self.element is None and is_composite_implicit(func):
             return Entry(None, lambda a, k: func.decompose(*a, **k), None, template, index, None)
         if entry is not None and entry.kind == "dynamic":
             return Entry(None, lowered(func, entry, args, kwargs, None), None, template, index, entry)
         try:
-            metas = infer(func, args, kwargs, index)
+            metas = infer(func, args, kwargs, index) if entry is None or entry.meta else None
         except NoMeta:
             metas = None
         results = metas
@@ -167,7 +175,7 @@ class FunctionalRule:
             return apply(a, k)
 
         if results is None:
-            metas = infer_by_shape(run, operands, index)
+            metas = infer_by_shape(without_state(run) if random_op else run, operands, index)
         wide = any(type(o) is not Tensor or o._m.wide for o in operands) or any(
             type(m) is TensorMeta and m.wide for m in tree_flatten(metas)[0]
         )
@@ -185,7 +193,7 @@ class FunctionalRule:
         if not self.entries:
             return None
         first = next((x for x in tree_flatten((args, kwargs))[0] if type(x) is Tensor), None)
-        call = (tree_map(_as_shape, args), tree_map(_as_shape, {k: v for k, v in kwargs.items() if k not in _HIDDEN}))
+        call = (tree_map(_as_shape, args), tree_map(_as_shape, {k: v for k, v in kwargs.items() if k not in DROPPED}))
         return REGISTRY.resolve(self.func, convert.platform(index), first.dtype if first is not None else kwargs.get("dtype"), call)
 
     def _apply(self, entry: Lowering | None, args: tuple[Any, ...], kwargs: dict[str, Any], metas: Any, index: int) -> Apply | None:
@@ -254,7 +262,11 @@ class FunctionalRule:
             return None
         from . import dtypes
 
-        return tree_map(lambda x: wrap(jax.numpy.asarray(x), dense_meta(tuple(x.shape), dtypes.to_torch(x.dtype), entry.index)), out)
+        def result(x: Any) -> Tensor:
+            value = x if isinstance(x, jax.Array) else convert.on_device(np.asarray(x), entry.index)
+            return wrap(value, dense_meta(tuple(value.shape), dtypes.to_torch(value.dtype), entry.index))
+
+        return tree_map(result, out)
 
     def _impure(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         way = decomposition(self.func)
@@ -265,11 +277,13 @@ class FunctionalRule:
         return entry.apply(args, kwargs)
 
 
+def without_state(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A random op's program from its operands to its results, for their shapes."""
+    return lambda *arrays: run(jax.numpy.zeros(3, np.uint32), *arrays)[0]
+
+
 def _stand_in(x: Any, device: Any) -> Any:
     return torch.empty_strided(x._m.shape, x._m.strides, dtype=x.dtype, device=device) if type(x) is Tensor else x
-
-
-_HIDDEN = {"device", "memory_format", "generator", "non_blocking", "pin_memory", "layout"}
 
 
 def _as_shape(x: Any) -> Any:

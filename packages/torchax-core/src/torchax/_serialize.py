@@ -10,7 +10,7 @@ import torch
 from . import convert
 from ._loading import forgetting_location
 from ._storage import Storage
-from .tensor import Tensor, make
+from .tensor import OWN, Tensor, make
 
 
 def deepcopy(t: Tensor, memo: dict[int, Any]) -> Tensor:
@@ -38,7 +38,7 @@ def shallow_copy(t: Tensor) -> Tensor:
         twin = torch.nn.Parameter(twin, t.requires_grad)
     else:
         twin.requires_grad_(t.requires_grad)
-    twin.__dict__.update({k: v for k, v in t.__dict__.items() if k not in _OWN})
+    twin.__dict__.update({k: v for k, v in t.__dict__.items() if k not in OWN})
     return twin  # type: ignore[return-value]
 
 
@@ -50,12 +50,9 @@ def _finish(twin: Tensor, t: Tensor, memo: dict[int, Any]) -> Tensor:
     if t.grad is not None:
         twin.grad = copy.deepcopy(t.grad, memo)
     for name, value in t.__dict__.items():
-        if name not in _OWN:
+        if name not in OWN:
             twin.__dict__[name] = copy.deepcopy(value, memo)
     return twin
-
-
-_OWN = {"_s", "_m", "_v", "_cache", "_is_param"}
 
 
 def reduce(t: Tensor) -> Any:
@@ -66,7 +63,7 @@ def reduce(t: Tensor) -> Any:
         kind = "Tensor"
     host = convert.host_storage(t._s)
     shaped = torch.as_strided(host, t._m.shape, t._m.strides, t.storage_offset())
-    extra = {k: v for k, v in t.__dict__.items() if k not in _OWN}
+    extra = {k: v for k, v in t.__dict__.items() if k not in OWN}
     return rebuild, (shaped, str(t.device), t.requires_grad, kind, extra)
 
 

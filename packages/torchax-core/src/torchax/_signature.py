@@ -13,7 +13,7 @@ from .tensor import Tensor
 
 _NUMBERS = (float, int, complex, bool)
 _IGNORED = frozenset({"generator", "non_blocking", "pin_memory", "layout"})
-_DROPPED = frozenset({"device", "memory_format"}) | _IGNORED
+DROPPED = frozenset({"device", "memory_format"}) | _IGNORED
 
 
 class Slot:
@@ -75,7 +75,7 @@ class Signature:
         count = _Count()
         targs = tuple(_template(a, mode, count) for a, mode in zip(args, self.modes, strict=False))
         tkwargs = {name: _template(a, self.running.get(name), count) for name, a in kwargs.items() if name not in _IGNORED}
-        return targs, tkwargs if everything else {k: v for k, v in tkwargs.items() if k not in _DROPPED}
+        return targs, tkwargs if everything else {k: v for k, v in tkwargs.items() if k not in DROPPED}
 
 
 class _Count:

@@ -117,16 +117,14 @@ def _backward_program(call: _Call, needs: tuple[bool, ...], given: tuple[bool, .
     """Gradients of the needed tensor arguments from (tensors, [results,] gradients, other operands)."""
     served, lowering, single = call.served, call.served.lowering, call.single
     kept = 0 if lowering.backward is None else len(given)
-    arrange = _Call(call.op, call.rule, served, []).operands  # the cache must not keep this call's operands
+    op, arrange = call.op, _Call(call.op, call.rule, served, []).operands  # the cache must not keep this call's operands
 
     def run(*operands: Any) -> Any:
         tensors, outs, rest = operands[:n], operands[n : n + kept], list(operands[n + kept :])
         grads = [rest.pop(0) if g else None for g in given]
         if lowering.backward is not None:
-            args, kwargs = place(served.template, arrange(tensors, rest))
-            found = lowering.backward(
-                grads[0] if single else grads, (*args, *kwargs.values()), outs[0] if single else outs, needs
-            )
+            args = _complete(op, *place(served.template, arrange(tensors, rest)))
+            found = lowering.backward(grads[0] if single else grads, args, outs[0] if single else outs, needs)
         else:
             found = _vjp(tensors, rest, grads)
         pairs = zip(found, tensors, needs, strict=True)
@@ -143,8 +141,17 @@ def _backward_program(call: _Call, needs: tuple[bool, ...], given: tuple[bool, .
 
         out, vjp = jax.vjp(forward, *[tensors[i] for i in wanted])
         leaves = [out] if single else list(out)
-        cotangents = [jax.numpy.zeros_like(o) if g is None else g.astype(o.dtype) for o, g in zip(leaves, grads, strict=True)]
-        computed = iter(vjp(cotangents[0] if single else type(out)(cotangents)))
+        # torch's gradient of a complex number is the conjugate of JAX's
+        cotangents = [
+            jax.numpy.zeros_like(o) if g is None else g.astype(o.dtype).conj() for o, g in zip(leaves, grads, strict=True)
+        ]
+        computed = iter([g.conj() for g in vjp(cotangents[0] if single else type(out)(cotangents))])
         return [next(computed) if need else None for need in needs]
 
     return Program(run, f"{lowering.op}_backward", served.program.wide, served.index)
+
+
+def _complete(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All arguments in the order of the schema, defaults included."""
+    rest = op._schema.arguments[len(args) :]
+    return (*args, *(kwargs.get(a.name, a.default_value) for a in rest))

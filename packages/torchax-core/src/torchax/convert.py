@@ -87,7 +87,7 @@ def check_dense(t: torch.Tensor) -> None:
     """
     if t.layout is not torch.strided or t.is_nested:
         raise errors.UnsupportedLayout(
-            f"a tensor on device 'jax' is dense; got layout {t.layout}. Convert it first with .to_dense()"
+            f"a tensor on device 'jax' is dense; got {'a nested tensor' if t.is_nested else f'layout {t.layout}'}. Convert it first with .to_dense()"
         )
     if t.is_quantized:
         raise errors.UnsupportedDtype(
@@ -231,14 +231,31 @@ _fits: dict[Any, Program] = {}
 
 
 def cast(x: Any, dtype: np.dtype) -> Any:
-    """`x` in `dtype`, as torch casts: real parts of complex numbers, truth for bool, wrap-around for integers."""
+    """`x` converted to `dtype` with the results of CPU torch, where C++ leaves them undefined, too.
+
+    A float outside of the range of the integer type (and NaN) becomes the smallest int32 or int64; narrower
+    integers wrap around. A complex number loses its imaginary part; all but zero is True.
+    """
     if x.dtype == dtype:
         return x
     if dtype == np.bool_:
         return x != 0
-    if x.dtype.kind == "c" and dtype.kind != "c":
+    if jnp.issubdtype(x.dtype, jnp.complexfloating) and dtype.kind != "c":
         x = jnp.real(x)
+    if jnp.issubdtype(x.dtype, jnp.floating) and dtype.kind in "iu":
+        if dtype == np.uint64:  # 2**63 and above do not pass through int64; negative numbers wrap around
+            return jnp.where(x < 0, _to_int(x, np.dtype(np.int64)).astype(dtype), x.astype(dtype))
+        via = np.dtype(np.int64 if dtype.itemsize == 8 or dtype == np.uint32 else np.int32)
+        return _to_int(x, via).astype(dtype)
     return x.astype(dtype)
+
+
+def _to_int(x: Any, dtype: np.dtype) -> Any:
+    info = np.iinfo(dtype)
+    x = x.astype(np.float32) if x.dtype.itemsize < 4 else x
+    inside = (x >= float(info.min)) & (x < -float(info.min))
+    return jnp.where(inside, x, 0).astype(dtype) + jnp.where(inside, 0, info.min).astype(dtype)
+
 
 
 __all__ = ["from_dlpack", "j2t", "t2j"]

@@ -17,6 +17,9 @@ __all__ = [
 ]  # fmt: skip
 
 
+_initialized = True  # torch.utils.checkpoint saves and restores the state of devices that are
+
+
 class _Current(threading.local):
     index = 0
 

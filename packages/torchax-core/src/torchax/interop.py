@@ -22,7 +22,7 @@ def _load() -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
+    if name.startswith("__") and name != "__all__":  # what Python asks every module must not load it
         raise AttributeError(name)
     module = _load()
     try:

@@ -28,6 +28,9 @@ _make_subclass = torch.Tensor._make_wrapper_subclass
 _strided = torch.strided
 
 
+OWN = frozenset({"_s", "_m", "_v", "_cache", "_is_param"})  # attributes that are not the user's
+
+
 class Tensor(torch.Tensor):
     """A PyTorch tensor whose values are a `jax.Array`.
 

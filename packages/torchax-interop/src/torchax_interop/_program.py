@@ -209,9 +209,10 @@ class _Recorder:
                 self.inner_storages.append(None)
                 continue
             if group.kind == "storage":
-                storage = Storage(array, first._s.geometry, self.recording)
+                storage = Storage(array, first._s.geometry)
             else:
-                storage = Storage(array, self._value_meta(first), self.recording)
+                storage = Storage(array, self._value_meta(first))
+            storage.owner = self.recording
             self.inner_storages.append(storage)
             for i in group.members:
                 leaf = self.leaves[i]

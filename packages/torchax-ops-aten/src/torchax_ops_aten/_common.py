@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jax import Array
+from torchax import convert
 from torchax.dtypes import to_jax
 
 MEAN, SUM = 1, 2  # at::Reduction; 0 is "none"
@@ -58,33 +59,15 @@ def wide(x: Array) -> Array:
 
 
 def cast(x, dtype: np.dtype) -> Array:
-    """`x` converted to `dtype` with the results of CPU torch, where C++ leaves them undefined, too.
-
-    A float outside of the range of the integer type (and NaN) becomes the smallest int32 or int64; narrower
-    integers wrap around. A complex number loses its imaginary part.
-    """
-    x = jnp.asarray(x)
-    dtype = np.dtype(dtype)
-    if x.dtype == dtype:
-        return x
-    if dtype == np.bool_:
-        return x != 0
-    if is_complex(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
-        x = x.real
-    if is_float(x) and jnp.issubdtype(dtype, jnp.integer):
-        if dtype == np.uint64:
-            # 2**63 and above don't pass through int64; negative numbers wrap around.
-            return jnp.where(x < 0, _to_int(x, np.dtype(np.int64)).astype(dtype), x.astype(dtype))
-        via = np.dtype(np.int64 if dtype.itemsize == 8 or dtype == np.uint32 else np.int32)
-        return _to_int(x, via).astype(dtype)
-    return x.astype(dtype)
+    """`x`, an array or a number, converted to `dtype` with the results of CPU torch."""
+    return convert.cast(jnp.asarray(x), np.dtype(dtype))
 
 
-def _to_int(x: Array, dtype: np.dtype) -> Array:
-    info = np.iinfo(dtype)
-    x = wide(x)
-    inside = (x >= float(info.min)) & (x < -float(info.min))
-    return jnp.where(inside, x, 0).astype(dtype) + jnp.where(inside, 0, info.min).astype(dtype)
+def complex_log_add_exp(a: Array, b: Array) -> Array:
+    """log(exp(a) + exp(b)) of complex numbers: the one with the larger real part is drawn out, its phase kept."""
+    swap = a.real < b.real
+    top, low = jnp.where(swap, b, a), jnp.where(swap, a, b)
+    return jnp.where(jnp.isinf(low.real), top, top + jnp.log1p(jnp.exp(low - top)))
 
 
 def reduce_loss(loss: Array, reduction: int) -> Array:

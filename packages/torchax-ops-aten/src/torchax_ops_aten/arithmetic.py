@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 from torchax.ops import aten, lowering, table
 
-from ._common import default_float, is_complex, is_float, is_inexact, wide
+from ._common import complex_log_add_exp, default_float, is_complex, is_float, is_inexact, wide
 
 
 def _is(value, number) -> bool:
@@ -176,12 +176,8 @@ def hypot(x, other):
 
 @lowering(aten.logaddexp.default, promote="default")
 def logaddexp(x, other):
-    """log(exp(x) + exp(other)); of complex numbers, the one with the larger real part is drawn out."""
-    if not is_complex(x):
-        return jnp.logaddexp(x, other)
-    swap = x.real < other.real
-    top, low = jnp.where(swap, other, x), jnp.where(swap, x, other)
-    return top + jnp.log1p(jnp.exp(low - top))
+    """log(exp(x) + exp(other))."""
+    return complex_log_add_exp(x, other) if is_complex(x) else jnp.logaddexp(x, other)
 
 
 @lowering(aten.logaddexp2.default, promote="default")

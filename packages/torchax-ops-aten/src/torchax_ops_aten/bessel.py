@@ -1,7 +1,6 @@
 """Bessel functions of order 0 and 1, and the Airy function Ai.
 
-The rational and Chebyshev approximations are those of the Cephes Mathematical Library (S. L. Moshier, 1989), which
-PyTorch evaluates, too (ATen/native/Math.h).
+Source of the approximations and their coefficients: Cephes Mathematical Library, S. L. Moshier, 1989.
 """
 
 import math

@@ -68,9 +68,7 @@ def dirichlet_grad(x, alpha, total):
     """Gradient of a Dirichlet draw's marginal `x` for its concentration.
 
     The marginal is Beta(alpha, total - alpha); by implicit reparametrization (Figurnov et al., 2018) the gradient is
-    ``-(dF/dalpha) / (pdf (1 - x))``, and a Beta draw is a ratio of gamma draws: with a gamma draw split at its mean
-    ratio, ``dx/dalpha = x (1 - x) (d log g1 / d alpha)`` holds in expectation only. The cdf's derivative is therefore
-    taken by central differences in float64.
+    ``-(dF/dalpha) / (pdf (1 - x))``. The cdf's derivative is taken by central differences in float64.
     """
     with jax.enable_x64(True):
         wide = [v.astype(np.float64) for v in (x, alpha, total)]

@@ -85,8 +85,10 @@ def bincount(x, weights=None, minlength=0):
     if not x.size:
         return jnp.zeros((minlength,), jnp.int64 if weights is None else _weight_dtype(weights))
     length = max(int(jnp.max(x)) + 1, minlength)
-    add = 1 if weights is None else weights.astype(_weight_dtype(weights))
-    return jnp.zeros((length,), jnp.int64 if weights is None else add.dtype).at[x].add(add)
+    if weights is None:
+        return jnp.zeros((length,), jnp.int64).at[x].add(1)
+    weights = weights.astype(_weight_dtype(weights))
+    return jnp.zeros((length,), weights.dtype).at[x].add(weights)
 
 
 def _weight_dtype(weights):

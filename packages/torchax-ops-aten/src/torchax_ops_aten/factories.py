@@ -104,29 +104,37 @@ def _exact_in_float32(start, step, length):
     return all(float(v).is_integer() for v in (start, step)) and not _overflows(start, step, length)
 
 
-@lowering(aten.arange.start_step, static=("start", "end", "step"))
-def arange_step(start, end, step=1, *, dtype=None):
-    """``start``, ``start + step``, ... below ``end``."""
+def _arange_plan(start, end, step=1, *, dtype=None):
+    """Only the length and the dtype decide the program: ``torch.arange(i, i + n)`` in a loop compiles once."""
     dtype = _dtype(dtype, start, end, step)
     if np.issubdtype(dtype, np.integer):
         start, end, step = int(start), int(end), int(step)
-        length = -((start - end) // step) if step else 0
-        length = max(-(-(end - start) // step), 0)
+        length = -((start - end) // step) if step else -1
     else:
-        length = max(math.ceil((float(end) - float(start)) / float(step)), 0)
-    return _progression(start, step, length, dtype)
+        start, end, step = float(start), float(end), float(step)
+        length = math.ceil((end - start) / step) if step and math.isfinite(end - start) else -1
+    return None if length < 0 else ((length, dtype), (start, step))
 
 
-@lowering(aten.arange.start, static=("start", "end"))
-def arange_start(start, end, *, dtype=None):
-    """``start``, ``start + 1``, ... below ``end``."""
-    return arange_step(start, end, 1, dtype=dtype)
+@lowering(aten.arange.start_step, prepare=_arange_plan)
+def arange_step(length, dtype, start, step):
+    """``start``, ``start + step``, ...: `length` numbers."""
+    if isinstance(start, int | float):  # while tracing
+        return _progression(start, step, length, dtype)
+    wide = np.int64 if np.issubdtype(dtype, np.integer) else np.float64
+    return (start.astype(wide) + step.astype(wide) * jnp.arange(length, dtype=wide)).astype(dtype)
 
 
-@lowering(aten.arange.default, static=("end",))
-def arange(end, *, dtype=None):
-    """``0, 1, ...`` below ``end``."""
-    return arange_step(0, end, 1, dtype=dtype)
+@lowering(aten.arange.start, prepare=lambda start, end, *, dtype=None: _arange_plan(start, end, dtype=dtype))
+def arange_start(length, dtype, start, step):
+    """``start``, ``start + 1``, ...: `length` numbers."""
+    return arange_step(length, dtype, start, step)
+
+
+@lowering(aten.arange.default, prepare=lambda end, *, dtype=None: _arange_plan(0, end, dtype=dtype))
+def arange(length, dtype, start, step):
+    """``0, 1, ...``: `length` numbers."""
+    return arange_step(length, dtype, start, step)
 
 
 @lowering(aten.range.default, aten.range.step, static=("start", "end", "step"))
@@ -156,17 +164,13 @@ def _linspace_dtype(dtype, start, end):
     return _dtype(None, *([1j] if complex_end else []))
 
 
-@lowering(
-    aten.linspace.default, aten.linspace.Tensor_Tensor, aten.linspace.Tensor_Scalar, aten.linspace.Scalar_Tensor
-)
+@lowering(aten.linspace.default, aten.linspace.Tensor_Tensor, aten.linspace.Tensor_Scalar, aten.linspace.Scalar_Tensor)
 def linspace(start, end, steps, *, dtype=None):
     """`steps` values from `start` to `end`, both included."""
     return _spaced(start, end, steps, _linspace_dtype(dtype, start, end))
 
 
-@lowering(
-    aten.logspace.default, aten.logspace.Tensor_Tensor, aten.logspace.Tensor_Scalar, aten.logspace.Scalar_Tensor
-)
+@lowering(aten.logspace.default, aten.logspace.Tensor_Tensor, aten.logspace.Tensor_Scalar, aten.logspace.Scalar_Tensor)
 def logspace(start, end, steps, base=10.0, *, dtype=None):
     """`base` to the power of `steps` values from `start` to `end`."""
     dtype = _linspace_dtype(dtype, start, end)

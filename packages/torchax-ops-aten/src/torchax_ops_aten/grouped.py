@@ -16,7 +16,7 @@ def _ragged(a, b, sizes, contract, ragged, group):
     return lax.ragged_dot_general(a, b, sizes, numbers, preferred_element_type=accumulator(a.dtype))
 
 
-@lowering(aten._grouped_mm.default)
+@lowering(aten._grouped_mm.default, meta=False)  # torch's meta kernel wants bfloat16
 def grouped_mm(x, mat2, offs=None, bias=None, out_dtype=None):
     """One product for each group; `offs` says where the groups end in the dimension that a 2-d operand is split along.
 

@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 from torchax.ops import aten, lowering
 
-from ._index import at_least_1d, dimension, highest, iota, is_half, lowest, narrow, opmath, scalar, wrap
+from ._index import at_least_1d, dimension, highest, is_half, lowest, narrow, opmath, scalar, wrap
 
 _MASKS = (jnp.bool_, jnp.uint8)  # torch still takes uint8 index tensors for masks
 

@@ -1,7 +1,5 @@
 """Random draws. Every lowering gets a fresh key; half-width floats are drawn in float32, as their tails need it."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,14 +67,25 @@ def randn_like(x, *, dtype=None, key):
     return _normal(key, x.shape, to_jax(dtype) if dtype else x.dtype)
 
 
+def _in_64_bit_mode():
+    return jax.dtypes.canonicalize_dtype(np.int64) == np.int64
+
+
 def _integers(key, shape, low, high, dtype):
-    """Integers in [low, high)."""
-    if isinstance(low, int) and isinstance(high, int) and high - low >= 2**63:
-        bits = random.bits(key, tuple(shape), np.uint64)
-        return (bits % np.uint64(high - low) + np.uint64(low % 2**64)).astype(np.int64).astype(dtype)
-    wide = jax.config.jax_enable_x64 and dtype.itemsize >= 4 and dtype not in (np.int32, np.uint32)
-    draw = np.int64 if wide or dtype == np.uint32 else np.int32
-    return random.randint(key, tuple(shape), scalar(low, draw), scalar(high, draw), draw).astype(dtype)
+    """Integers in [low, high); known bounds may go as far as the 64-bit types do."""
+    shape, wide = tuple(shape), dtype in (np.int64, np.uint64, np.uint32)
+    if isinstance(low, int) and isinstance(high, int):
+        if high > 2**63 - 1:
+            with jax.enable_x64(True):
+                bits = random.bits(key, shape, np.uint64)
+                bits = bits % np.uint64(high - low) if high - low < 2**64 else bits
+                return (bits + np.uint64(low % 2**64)).astype(dtype)
+        wide = wide or high > 2**31 - 1 or low < -(2**31)
+    elif jnp.issubdtype(dtype, jnp.floating) and _in_64_bit_mode():
+        wide = True
+    draw = np.int64 if wide else np.int32
+    with jax.enable_x64(wide or _in_64_bit_mode()):
+        return random.randint(key, shape, scalar(low, draw), scalar(high, draw), draw).astype(dtype)
 
 
 @stateful(aten.randint.low, aten.randint.low_generator, random=True, operands=("low", "high"))
@@ -140,11 +149,12 @@ def normal_float_float(mean, std, size, *, dtype=None, key):
     return normal_functional(jax.ShapeDtypeStruct(tuple(size), _default(dtype)), mean, std, key=key)
 
 
-@stateful(aten.normal.Tensor_float, aten.normal.float_Tensor, aten.normal.Tensor_Tensor, random=True, operands=("mean", "std"))
+@stateful(
+    aten.normal.Tensor_float, aten.normal.float_Tensor, aten.normal.Tensor_Tensor, random=True, operands=("mean", "std")
+)
 def normal_tensor(mean, std=1.0, *, key):
     """Normal with a mean and deviation for every element."""
-    arrays = [a for a in (mean, std) if getattr(a, "ndim", 0)] or [a for a in (mean, std) if hasattr(a, "dtype")]
-    dtype = arrays[0].dtype
+    dtype = max((jnp.asarray(a) for a in (mean, std) if hasattr(a, "dtype")), key=np.ndim).dtype
     work = dtype if jnp.issubdtype(dtype, jnp.complexfloating) else _real(dtype)
     shape = np.broadcast_shapes(np.shape(mean), np.shape(std))
     return random.normal(key, shape, work) * scalar(std, work) + scalar(mean, work)

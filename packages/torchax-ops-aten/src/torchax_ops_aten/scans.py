@@ -6,7 +6,7 @@ from jax import lax
 from torchax.dtypes import to_jax
 from torchax.ops import aten, lowering
 
-from ._common import cast, is_complex, is_inexact, lift, wide
+from ._common import cast, complex_log_add_exp, is_complex, is_inexact, lift, wide
 
 
 def _scan(fn, x, dim, dtype):
@@ -36,15 +36,8 @@ def logcumsumexp(x, dim):
     if y.size == 0:
         return x
     if is_complex(y):
-        return lax.associative_scan(_log_add_exp, y, axis=dim).reshape(x.shape)
+        return lax.associative_scan(complex_log_add_exp, y, axis=dim).reshape(x.shape)
     return lax.cumlogsumexp(y, axis=dim).reshape(x.shape)
-
-
-def _log_add_exp(a, b):
-    """log(exp(a) + exp(b)) of complex numbers, shifted by the larger real part."""
-    top = jnp.maximum(a.real, b.real)
-    top = jnp.where(jnp.isinf(top), 0, top)
-    return jnp.log(jnp.exp(a - top) + jnp.exp(b - top)) + top
 
 
 def _extrema(x, dim, wins):

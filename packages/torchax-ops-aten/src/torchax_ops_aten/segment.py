@@ -68,6 +68,8 @@ def segment_reduce_backward(grad, output, data, reduce, *, lengths=None, offsets
         zeros = spread(total(zero.astype(data.dtype)))
         start = jnp.full(shape, 1 if initial is None else initial, data.dtype)
         rest = spread(start.at[rows, segment].multiply(jnp.where(zero, 1, flat), mode="drop"))
-        others = jnp.where(zeros == 0, spread(output) / jnp.where(zero, 1, flat), jnp.where(zero & (zeros == 1), rest, 0))
+        others = jnp.where(
+            zeros == 0, spread(output) / jnp.where(zero, 1, flat), jnp.where(zero & (zeros == 1), rest, 0)
+        )
         result = result * others
     return result.reshape(data.shape)

@@ -23,7 +23,10 @@ class Traced:
         values: storages from outside that were written, with their values so far.
         born: storages made while tracing.
         closed: the trace is over; what belongs to it cannot be used any more.
+        stop_gradients: JAX differentiates the trace, so that `detach` must stop gradients there.
     """
+
+    stop_gradients = False
 
     def __init__(self, outer: Any = None, pure: bool = False):
         self.owner = self

@@ -1,0 +1,195 @@
+"""Gradients that cross from one world into the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchax
+from torchax.interop import (
+    call_jax,
+    extract_jax,
+    gradient_checkpoint,
+    j2t_autograd,
+    jax_value_and_grad,
+    jax_view,
+    t2j_autograd,
+    torch_view,
+)
+
+
+@pytest.mark.parametrize("make", [j2t_autograd, torch_view, lambda f: lambda *a: call_jax(f, *a)], ids=["j2t_autograd", "torch_view", "call_jax"])
+def test_first_and_second_derivatives(make: Any, pair: Any, assert_same: Any) -> None:
+    fn = make(lambda a, b: jnp.sin(a) * b + a**3)
+    (ac, a), (bc, b) = pair(5, dtype=torch.float64, requires_grad=True), pair(5, dtype=torch.float64, requires_grad=True)
+    got, want = fn(a, b), torch.sin(ac) * bc + ac**3
+    assert got.requires_grad
+    for y, x, z in ((got, a, b), (want, ac, bc)):
+        (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        g.square().sum().backward()
+        assert z.grad is not None
+    assert_same(a.grad, ac.grad)
+    assert_same(b.grad, bc.grad)
+
+
+def test_gradgradcheck() -> None:
+    fn = j2t_autograd(lambda a, w: jnp.tanh(a @ w))
+    a = torch.randn(2, 3, dtype=torch.float64, device="jax", requires_grad=True)
+    w = torch.randn(3, 2, dtype=torch.float64, device="jax", requires_grad=True)
+    assert torch.autograd.gradcheck(fn, (a, w), fast_mode=True)
+    assert torch.autograd.gradgradcheck(fn, (a, w), fast_mode=True)
+
+
+def test_containers_integers_and_constants() -> None:
+    @j2t_autograd
+    def fn(nest: Any, index: Any, *, scale: float) -> Any:
+        return {"rows": nest["w"][index] * scale, "index": index + 1, "note": "kept"}
+
+    w = torch.randn(4, 2, device="jax", requires_grad=True)
+    out = fn({"w": w}, torch.tensor([1, 1, 3], device="jax"), scale=2.0)
+    assert out["note"] == "kept" and not out["index"].requires_grad
+    out["rows"].sum().backward()
+    assert w.grad.tolist() == [[0, 0], [4, 4], [0, 0], [2, 2]]
+
+
+def test_no_graph_where_none_is_needed() -> None:
+    x = torch.ones(3, device="jax", requires_grad=True)
+    assert torch_view(jnp.sin)(x).requires_grad
+    with torch.no_grad():
+        assert not torch_view(jnp.sin)(x).requires_grad
+    assert not torch_view(jnp.sin)(x.detach()).requires_grad
+
+
+def test_complex_gradients(pair: Any, assert_same: Any) -> None:
+    cpu, x = pair(4, dtype=torch.complex64, requires_grad=True)
+    (x_out,) = torch.autograd.grad(j2t_autograd(lambda z: jnp.abs(z * (1 + 2j)) ** 2)(x).sum(), x)
+    (want,) = torch.autograd.grad((cpu * (1 + 2j)).abs().square().sum(), cpu)
+    assert_same(x_out, want, rtol=1e-5, atol=1e-5)
+
+
+def test_torch_func_transforms() -> None:
+    fn = torch_view(lambda a: jnp.sin(a).sum(-1))
+    x = torch.randn(3, 4, device="jax")
+    torch.testing.assert_close(torch.func.grad(lambda a: fn(a).sum())(x), torch.cos(x))
+    torch.testing.assert_close(torch.vmap(fn)(x), torch.sin(x).sum(-1))
+
+
+def test_jax_module_inside_a_torch_module() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return call_jax(lambda a, s: jax.nn.silu(a) * s, self.inner(x), self.scale)
+
+    torch.manual_seed(0)
+    net = Net().to("jax")
+    x = torch.randn(2, 3)
+    net(x.to("jax")).sum().backward()
+    got = [p.grad.cpu() for p in net.parameters()]
+    net.zero_grad()
+    cpu = net.to("cpu")
+    (F.silu(cpu.inner(x)) * cpu.scale).sum().backward()
+    for g, p in zip(got, cpu.parameters(), strict=True):
+        torch.testing.assert_close(g, p.grad)
+
+
+def test_t2j_autograd_keeps_torchs_backward() -> None:
+    class Surprising(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Any:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, g: Any) -> Any:
+            return g * 10
+
+    fn = t2j_autograd(lambda x, n: Surprising.apply(x).sum() + 0 * n.sum())
+    x, n = jnp.ones(3), jnp.arange(2)
+    assert float(fn(x, n)) == 6
+    np.testing.assert_array_equal(jax.jit(jax.grad(fn))(x, n), [10, 10, 10])
+
+
+def test_jax_value_and_grad() -> None:
+    def loss(params: dict[str, Any], x: torch.Tensor) -> Any:
+        y = F.linear(x, params["w"], params["b"])
+        return y.square().mean(), {"y": y}
+
+    params = {"w": torch.randn(2, 3, device="jax", requires_grad=True), "b": torch.zeros(2, device="jax", requires_grad=True)}
+    x = torch.randn(4, 3, device="jax")
+    (value, aux), grads = jax_value_and_grad(loss, {"has_aux": True})(params, x)
+    want, _ = loss(params, x)
+    want.backward()
+    torch.testing.assert_close(value, want.detach())
+    assert aux["y"].shape == (4, 2) and not value.requires_grad
+    for name in params:
+        torch.testing.assert_close(grads[name], params[name].grad)
+
+
+def test_functional_call_under_jax_grad(assert_same: Any) -> None:
+    torch.manual_seed(0)
+    cpu = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
+    tokens = torch.randint(0, 7, (2, 5))
+    want = F.cross_entropy(cpu(tokens).flatten(0, 1), tokens.flatten())
+    want.backward()
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
+    model.load_state_dict(cpu.state_dict())
+    model = model.to("jax")
+    params = {k: v.detach().jax() for k, v in model.named_parameters()}
+
+    def loss(p: Any, i: Any) -> Any:
+        return F.cross_entropy(torch.func.functional_call(model, p, (i,)).flatten(0, 1), i.flatten().long())
+
+    value, grads = jax.jit(jax.value_and_grad(jax_view(loss)))(params, jnp.asarray(tokens.numpy(), jnp.int32))
+    np.testing.assert_allclose(value, want.item(), rtol=1e-5)
+    for name, p in cpu.named_parameters():
+        np.testing.assert_allclose(grads[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradient_checkpoint_under_torch(compiled: bool) -> None:
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 4)).to("jax")
+    x = torch.randn(3, 4, device="jax")
+
+    def gradients(fn: Any) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        block.zero_grad()
+        given = x.clone().requires_grad_()
+        fn(given).square().sum().backward()
+        return [given.grad, *[p.grad.clone() for p in block.parameters()]]
+
+    checkpointed = gradient_checkpoint(block)
+    for got, want in zip(gradients(torchax.compile(checkpointed) if compiled else checkpointed), gradients(block), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_gradient_checkpoint_under_jax() -> None:
+    block = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)).to("jax")
+    states, fn = extract_jax(block)
+    _, checkpointed = extract_jax(Wrapper(block))
+    x = jnp.ones((2, 4))
+    want = jax.grad(lambda s: fn(s, (x,)).sum())(states)
+    inner = {f"block.{k}": v for k, v in states.items()}
+    got = jax.grad(lambda s: checkpointed(s, (x,)).sum())(inner)
+    for name in want:
+        np.testing.assert_allclose(got[f"block.{name}"], want[name], rtol=1e-5)
+    text = str(jax.make_jaxpr(jax.grad(lambda s: checkpointed(s, (x,)).sum()))(inner))
+    assert "remat" in text or "checkpoint" in text
+
+
+class Wrapper(nn.Module):
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return gradient_checkpoint(self.block)(x)
