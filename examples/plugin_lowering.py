@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import torchax
 from torchax.hookspecs import hookimpl
 from torchax.ops import aten, lowering
-from torchax.plugins import REGISTRY
+from torchax.ops import REGISTRY
 
 calls: list[str] = []  # what was traced; a compiled program does not come back here
 

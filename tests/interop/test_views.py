@@ -88,8 +88,7 @@ def test_there_and_back(kind: str) -> None:
     there = jax_view(nest)
     back = torch_view(there)
     assert type(back) is type(nest) or kind == "tensor"
-    arrays = [a for a in jax.tree.leaves(there.__dict__ if kind == "cache" else there) if isinstance(a, jax.Array)]
-    assert kind in ("cache", "ModelOutput") or len(arrays) == len(tensors_of(nest))
+    assert not tensors_of(there)
     assert len(tensors_of(back)) == len(tensors_of(nest)) > 0
     for t, original in zip(tensors_of(back), tensors_of(nest), strict=True):
         assert type(t) is torchax.Tensor
@@ -109,9 +108,7 @@ def test_through_a_function(kind: str, compiled: bool) -> None:
     if compiled:
         same, doubled = torchax.compile(double)(nest, 2)
     else:
-        same, doubled = torch_view(jax.jit(jax_view(double), static_argnums=1))(nest, 2) if kind not in (
-            "cache", "ModelOutput", "OrderedDict", "deque", "return_types"
-        ) and 1 not in ([*nest] if kind == "tuple" else []) and kind != "list" else torch_view(jax_view(double)(jax_view(nest), 2))  # fmt: skip
+        same, doubled = torch_view(jax_view(double)(jax_view(nest), 2))
     assert type(doubled) is type(nest)
     for t, original in zip(tensors_of(doubled), tensors_of(nest), strict=True):
         torch.testing.assert_close(t, original * 2)
@@ -157,7 +154,7 @@ def test_under_jax_transformations() -> None:
     x = torch.randn(5, 3)
     want = cpu(x).detach().numpy()
     states, fn = extract_jax(cpu)
-    np.testing.assert_allclose(jax.jit(fn)(states, (x.numpy(),)) if False else fn(states, (jnp.asarray(x.numpy()),)), want, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(fn)(states, (jnp.asarray(x.numpy()),)), want, rtol=1e-5, atol=1e-6)
     forward = jax_view(cpu.to("jax"))
     array = jnp.asarray(x.numpy())
     np.testing.assert_allclose(jax.jit(forward)(array), want, rtol=1e-5, atol=1e-6)

@@ -253,6 +253,11 @@ def test_hooks_run_as_on_cpu():
 def test_gradient_hooks_may_step_the_optimizer():
     m = nn.Linear(2, 2).to("jax")
     steps = {p: torch.optim.SGD([p], lr=0.5) for p in m.parameters()}
+
+    def stepping(p):
+        steps[p].step()
+        steps[p].zero_grad()
+
     for p in m.parameters():
         p.register_post_accumulate_grad_hook(stepping)
     before = m.bias.tolist()

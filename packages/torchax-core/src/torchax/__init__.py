@@ -29,8 +29,8 @@ from .environment import (  # noqa: E402
 )
 from .random import Generator  # noqa: E402
 
+plugins.on_load.append(_backend.register_kernels)
 plugins.load_entry_points()
-_backend.register_kernels()
 
 __version__ = "0.1.0"
 

@@ -17,6 +17,9 @@ from .tensor import Tensor
 _CPU_COPY_LIMIT = 1 << 16  # elements; a written operand larger than this is not allocated just to word an error
 
 
+_NO_META = ("cannot be called on meta tensors", "fake impl")  # torch raises plain RuntimeErrors for these
+
+
 class NoMeta(Exception):
     """torch cannot tell the op's metadata without running it."""
 
@@ -67,6 +70,8 @@ def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fresh:
     except (NotImplementedError, torch._subclasses.fake_tensor.DynamicOutputShapeException) as error:
         raise NoMeta(str(error)) from None
     except Exception as error:
+        if any(text in str(error) for text in _NO_META):
+            raise NoMeta(str(error)) from None
         raise (_cpu_error(func, args, kwargs) or error) from None
 
 

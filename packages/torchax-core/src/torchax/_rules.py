@@ -174,6 +174,9 @@ class FunctionalRule:
             a, k = place(template, arrays)
             return apply(a, k)
 
+        if results is None and entry is None and self.element is None:  # its decomposition reads values: op by op
+            way = decomposition(func)
+            return Entry(None, lambda a, k: op_by_op(func, way[1], a, k), None, template, index, None)  # type: ignore[index]
         if results is None:
             metas = infer_by_shape(without_state(run) if random_op else run, operands, index)
         wide = any(type(o) is not Tensor or o._m.wide for o in operands) or any(

@@ -33,13 +33,16 @@ WIDEST = (
 _KEY = torch._C.DispatchKey.AutocastPrivateUse1
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _library: torch.library.Library | None = None
+_others: torch.library.Library | None = None
 
 
 def install() -> None:
     """Register the kernels, once."""
-    global _library
+    global _library, _others
     if _library is not None:
         return
+    _others = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+    _others.fallback(torch.library.fallthrough_kernel)  # type: ignore[arg-type]
     _library = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")
     for names, target in ((LOWER, _lower_dtype), (FLOAT32, lambda flat: torch.float32), (WIDEST, _widest)):
         for name in names:

@@ -29,6 +29,10 @@ class PluginError(TorchaxError, RuntimeError):
     """A plugin breaks the contract: a tie between two lowerings, a bad registration, another API major."""
 
 
+class InvalidOperands(TorchaxError, RuntimeError):
+    """A lowering refuses operands that CPU torch refuses, and that torch's own metadata check lets pass."""
+
+
 class LoweringError(TorchaxError, RuntimeError):
     """A lowering failed inside JAX or disagrees with the op's metadata; names op, provider and the user's line."""
 

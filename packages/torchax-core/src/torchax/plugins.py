@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pluggy
@@ -39,6 +40,7 @@ _manager.add_hookspecs(hookspecs)
 _found: dict[str, PluginStatus] = {}
 _objects: dict[str, Any] = {}
 hook = _manager.hook
+on_load: list[Callable[[], None]] = []  # called when a plugin's ops have been registered
 
 
 def status() -> list[PluginStatus]:
@@ -145,6 +147,8 @@ def _load(record: PluginStatus, plugin: Any, strict: bool = False) -> None:
         if strict:
             raise PluginError(f"plugin {name!r} cannot be loaded: {reason}") from error
         return
+    for listener in on_load:
+        listener()
     record.state, record.reason = "loaded", ""
     record.ops = len({e.op for e in REGISTRY.all() if e.provider == name})
 

@@ -16,9 +16,9 @@ def _host(x):
 def _results(values, dtype, inverse, counts, return_inverse, return_counts):
     none = np.zeros((0,), np.int64)
     return (
-        jnp.asarray(values.astype(dtype)),
-        jnp.asarray(inverse if return_inverse else none, jnp.int64),
-        jnp.asarray(counts if return_counts else none, jnp.int64),
+        values.astype(dtype),
+        (inverse if return_inverse else none).astype(np.int64),
+        (counts if return_counts else none).astype(np.int64),
     )
 
 

@@ -58,7 +58,7 @@ def index_mask(x, indices):
     """``x[indices]`` with masks among the indices."""
     plain = _without_masks(indices, lambda mask: np.nonzero(np.asarray(mask)))
     if _on_host(x):  # every number of elements would be another program
-        return jnp.asarray(np.asarray(x)[tuple(slice(None) if i is None else np.asarray(i) for i in plain)])
+        return np.asarray(x)[tuple(slice(None) if i is None else np.asarray(i) for i in plain)]
     return index_tensor(x, [None if i is None else jnp.asarray(i) for i in plain])
 
 
@@ -249,7 +249,7 @@ def masked_select(x, mask):
     shape = np.broadcast_shapes(x.shape, mask.shape)
     mask = np.broadcast_to(np.asarray(mask), shape).reshape(-1)
     if _on_host(x):
-        return jnp.asarray(np.broadcast_to(np.asarray(x), shape).reshape(-1)[mask])
+        return np.broadcast_to(np.asarray(x), shape).reshape(-1)[mask]
     return jnp.broadcast_to(x, shape).reshape(-1)[jnp.asarray(np.flatnonzero(mask))]
 
 
@@ -258,8 +258,8 @@ def nonzero(x):
     """Indices of the elements that are not zero, ``(n, dimensions)``."""
     values = np.asarray(x)
     if values.ndim == 0:
-        return jnp.zeros((int(values != 0), 0), jnp.int64)
-    return jnp.asarray(np.argwhere(values != 0))
+        return np.zeros((int(values != 0), 0), np.int64)
+    return np.argwhere(values != 0)
 
 
 @lowering(aten.nonzero_static.default)

@@ -5,14 +5,24 @@ import numbers
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from torchax.dtypes import to_jax
+from torchax.dtypes import to_jax, to_torch
+from torchax.errors import InvalidOperands
 from torchax.ops import aten, lowering
 
 from ._common import accumulator, is_complex
 
 
+def _check_same(a, b):
+    if a.dtype != b.dtype:
+        raise InvalidOperands(
+            f"expected m1 and m2 to have the same dtype, but got: {to_torch(a.dtype)} != {to_torch(b.dtype)}; "
+            "convert one of them with .to(...)"
+        )
+
+
 def _dot(a, b, contract, batch=((), ())):
     """dot_general whose result has the dtype of the accumulator."""
+    _check_same(a, b)
     dtype = accumulator(a.dtype)
     return lax.dot_general(a, b, (contract, batch), preferred_element_type=dtype if dtype != a.dtype else None)
 
@@ -189,6 +199,7 @@ def _summed_to(grad, shape):
 
 
 def _product(a, b):
+    _check_same(a, b)
     return jnp.matmul(a, b, preferred_element_type=accumulator(a.dtype))
 
 

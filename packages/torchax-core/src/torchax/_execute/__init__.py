@@ -81,12 +81,15 @@ state = _State()
 @contextlib.contextmanager
 def executing(executor: Executor) -> Iterator[None]:
     """Within, this thread runs its ops through `executor`."""
-    previous = state.executor
+    previous = state.__dict__.get("executor")
     state.executor = executor
     try:
         yield
     finally:
-        state.executor = previous
+        if previous is None:  # back to the default, which may change meanwhile
+            del state.executor
+        else:
+            state.executor = previous
 
 
 def set_default(executor: Executor) -> None:

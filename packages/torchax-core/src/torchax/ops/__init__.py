@@ -5,8 +5,8 @@
 
 import torch
 
-from .._registry import Lowering, lowering, op_name, stateful, table, view_lowering
+from .._registry import REGISTRY, Lowering, lowering, op_name, stateful, table, view_lowering
 
 aten = torch.ops.aten
 
-__all__ = ["Lowering", "aten", "lowering", "op_name", "stateful", "table", "view_lowering"]
+__all__ = ["REGISTRY", "Lowering", "aten", "lowering", "op_name", "stateful", "table", "view_lowering"]
