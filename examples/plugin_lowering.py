@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 import torchax
 from torchax.hookspecs import hookimpl
-from torchax.ops import aten, lowering
-from torchax.ops import REGISTRY
+from torchax.ops import REGISTRY, aten, lowering
 
 calls: list[str] = []  # what was traced; a compiled program does not come back here
 

@@ -24,10 +24,17 @@ from torchax.interop import (
 )
 
 
-@pytest.mark.parametrize("make", [j2t_autograd, torch_view, lambda f: lambda *a: call_jax(f, *a)], ids=["j2t_autograd", "torch_view", "call_jax"])
+@pytest.mark.parametrize(
+    "make",
+    [j2t_autograd, torch_view, lambda f: lambda *a: call_jax(f, *a)],
+    ids=["j2t_autograd", "torch_view", "call_jax"],
+)
 def test_first_and_second_derivatives(make: Any, pair: Any, assert_same: Any) -> None:
     fn = make(lambda a, b: jnp.sin(a) * b + a**3)
-    (ac, a), (bc, b) = pair(5, dtype=torch.float64, requires_grad=True), pair(5, dtype=torch.float64, requires_grad=True)
+    (ac, a), (bc, b) = (
+        pair(5, dtype=torch.float64, requires_grad=True),
+        pair(5, dtype=torch.float64, requires_grad=True),
+    )
     got, want = fn(a, b), torch.sin(ac) * bc + ac**3
     assert got.requires_grad
     for y, x, z in ((got, a, b), (want, ac, bc)):
@@ -123,7 +130,10 @@ def test_jax_value_and_grad() -> None:
         y = F.linear(x, params["w"], params["b"])
         return y.square().mean(), {"y": y}
 
-    params = {"w": torch.randn(2, 3, device="jax", requires_grad=True), "b": torch.zeros(2, device="jax", requires_grad=True)}
+    params = {
+        "w": torch.randn(2, 3, device="jax", requires_grad=True),
+        "b": torch.zeros(2, device="jax", requires_grad=True),
+    }
     x = torch.randn(4, 3, device="jax")
     (value, aux), grads = jax_value_and_grad(loss, {"has_aux": True})(params, x)
     want, _ = loss(params, x)
@@ -168,7 +178,9 @@ def test_gradient_checkpoint_under_torch(compiled: bool) -> None:
         return [given.grad, *[p.grad.clone() for p in block.parameters()]]
 
     checkpointed = gradient_checkpoint(block)
-    for got, want in zip(gradients(torchax.compile(checkpointed) if compiled else checkpointed), gradients(block), strict=True):
+    for got, want in zip(
+        gradients(torchax.compile(checkpointed) if compiled else checkpointed), gradients(block), strict=True
+    ):
         torch.testing.assert_close(got, want)
 
 

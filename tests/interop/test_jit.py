@@ -26,7 +26,8 @@ def test_functional_call() -> None:
     x = torch.randn(3, 4, device="jax")
     fn = jax_jit(lambda state, args: torch.func.functional_call(model, state, args))
     torch.testing.assert_close(fn(model.state_dict(), (x,)), model(x).detach())
-    doubled = {k: v * 2 for k, v in model.state_dict().items()}
+    doubled = model.state_dict()
+    doubled.update({k: v * 2 for k, v in doubled.items()})
     torch.testing.assert_close(fn(doubled, (x,)), torch.func.functional_call(model, doubled, (x,)))
     assert fn.cache_info().misses == 1
 
@@ -42,7 +43,9 @@ def test_state_is_not_lost() -> None:
 
 
 def test_options_of_jax_jit(jax_devices: Any) -> None:
-    fn = jax_jit(lambda x, n, *, flip=False: -x * n if flip else x * n, {"static_argnums": (1,), "static_argnames": ("flip",)})
+    fn = jax_jit(
+        lambda x, n, *, flip=False: -x * n if flip else x * n, {"static_argnums": (1,), "static_argnames": ("flip",)}
+    )
     x = torch.ones(2, device="jax")
     assert fn(x, 3, flip=True).tolist() == [-3, -3]
 
@@ -56,7 +59,11 @@ def test_options_of_jax_jit(jax_devices: Any) -> None:
     mesh = jax.sharding.Mesh(np.array(jax_devices[:2]), ("x",))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    sharded = jax_jit(lambda s, x: {"a": x * s["k"], "b": x.sum()}, in_shardings=(whole, split), out_shardings={"a": split, "b": whole})
+    sharded = jax_jit(
+        lambda s, x: {"a": x * s["k"], "b": x.sum()},
+        in_shardings=(whole, split),
+        out_shardings={"a": split, "b": whole},
+    )
     out = sharded({"k": torch.tensor(3.0, device="jax")}, torch.ones(4, 2, device="jax"))
     assert out["a"].jax().sharding.is_equivalent_to(split, 2) and out["b"].item() == 8
     with pytest.raises(TypeError, match="unknown option"):

@@ -75,7 +75,7 @@ def tensors_of(x: Any) -> list[torch.Tensor]:
     if isinstance(x, Box):
         return tensors_of(x.value)
     if hasattr(x, "layers"):
-        return [t for layer in x.layers for t in (layer.keys, layer.values)]
+        return [t for layer in x.layers for t in (layer.keys, layer.values) if isinstance(t, torch.Tensor)]
     if isinstance(x, dict):
         return [t for v in x.values() for t in tensors_of(v)]
     return [t for v in x for t in tensors_of(v)] if isinstance(x, (list, tuple, collections.deque)) else []

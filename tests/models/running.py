@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import torchax
-from models.zoo import Model
 from torch.utils._pytree import tree_flatten, tree_map
+
+from models.zoo import Model
 
 STEPS = 3
 
@@ -18,7 +19,7 @@ def to(device: str | torch.device | torch.dtype, tree: Any) -> Any:
     """Tensors moved to a device, or floating ones cast."""
 
     def move(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor) or isinstance(device, torch.dtype) and not x.is_floating_point():
+        if not isinstance(x, torch.Tensor) or (isinstance(device, torch.dtype) and not x.is_floating_point()):
             return x
         return x.to(device)
 

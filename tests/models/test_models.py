@@ -10,10 +10,11 @@ import pytest
 import torch
 import torchax
 import transformers
+from torchax import _missing
+
 from models import nets, running
 from models.running import Pair
 from models.zoo import ZOO
-from torchax import _missing
 
 transformers.logging.set_verbosity_error()
 
@@ -57,7 +58,9 @@ def test_tied_weights_stay_tied(name: str) -> None:
             assert named[one] is named[other], f"{one} and {other} came apart in .to({there_and_back})"
 
 
-@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}, {"amsgrad": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"foreach": False}, {"foreach": True}, {"fused": True}, {"amsgrad": True}], ids=str
+)
 def test_adamw_variants(options: dict[str, bool]) -> None:
     running.check_steps(_pair("attention"), **options)
 
@@ -108,7 +111,9 @@ def test_generates_by_sampling() -> None:
     prompt = running.to("jax", {k: pair.inputs[k] for k in pair.model.prompt})
 
     def sample() -> list[list[int]]:
-        return pair.jax.generate(**prompt, max_new_tokens=5, do_sample=True, top_k=50, top_p=0.95, temperature=1.5).tolist()
+        return pair.jax.generate(
+            **prompt, max_new_tokens=5, do_sample=True, top_k=50, top_p=0.95, temperature=1.5
+        ).tolist()
 
     torch.manual_seed(3)
     first = sample()

@@ -45,13 +45,20 @@ def compare_module(module, *inputs, tolerance=1e-4):
     for (name, a), b in zip(module.named_parameters(), twin.parameters(), strict=True):
         if a.grad is not None:
             assert b.grad is not None, name
-            torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=tolerance, atol=10 * tolerance, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                b.grad.cpu(), a.grad, rtol=tolerance, atol=10 * tolerance, msg=lambda m, name=name: f"{name}: {m}"
+            )
     for (name, a), b in zip(module.named_buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(b.cpu(), a, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @few
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(1, 3), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    st.integers(1, 3),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
 def test_layer_and_rms_norm(shape, over, affine, dtype):
     over = min(over, len(shape))
     normalized = shape[-over:]
@@ -68,7 +75,9 @@ def test_group_norm(groups, each, spatial, affine):
     channels = groups * each
     rest = [torch.randn(channels), torch.randn(channels)] if affine else []
     # a group of one element has a gradient of cancelled rounding errors only
-    compare(lambda x, w=None, b=None: F.group_norm(x, groups, w, b, eps=1e-2), torch.randn(2, channels, *spatial), *rest)
+    compare(
+        lambda x, w=None, b=None: F.group_norm(x, groups, w, b, eps=1e-2), torch.randn(2, channels, *spatial), *rest
+    )
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -129,7 +138,13 @@ def test_attention(c):
 
 def test_rows_masked_everywhere_give_zeros():
     mask = torch.tensor([[True, False, True], [False, False, False]])
-    compare(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m), torch.randn(2, 4), torch.randn(3, 4), torch.randn(3, 4), mask)
+    compare(
+        lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m),
+        torch.randn(2, 4),
+        torch.randn(3, 4),
+        torch.randn(3, 4),
+        mask,
+    )
 
 
 def test_attention_in_bfloat16():

@@ -33,7 +33,14 @@ FLOAT32 = {
     "norm": lambda x: x.norm(),
     "cumsum": lambda x: x.cumsum(0),
 }
-KEEPS = {"add": lambda x: x + x, "relu": torch.relu, "view": lambda x: x.view(-1), "max": torch.amax, "gelu": F.gelu, "neg": torch.neg}
+KEEPS = {
+    "add": lambda x: x + x,
+    "relu": torch.relu,
+    "view": lambda x: x.view(-1),
+    "max": torch.amax,
+    "gelu": F.gelu,
+    "neg": torch.neg,
+}
 
 
 @pytest.mark.parametrize("name", LOWER)

@@ -7,8 +7,9 @@ import warnings
 
 import pytest
 import torch
-from helpers import assert_same
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from helpers import assert_same
 
 F = torch.nn.functional
 
@@ -63,7 +64,9 @@ def double_backward_of_layers(d):
 
 def double_backward_of_attention(d):
     q, k, v = leaf(d, 1, 2, 3, 4), leaf(d, 1, 2, 3, 4), leaf(d, 1, 2, 3, 4)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the only one of CPU torch with second derivatives
+    with torch.nn.attention.sdpa_kernel(
+        torch.nn.attention.SDPBackend.MATH
+    ):  # the only one of CPU torch with second derivatives
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     (g,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     g.square().sum().backward()
@@ -145,7 +148,7 @@ def mixed_dtypes(d):
 def gather_scatter(d):
     a = leaf(d, 4, 3)
     i = torch.tensor([[0, 2], [1, 1]], device=d)
-    (a[i].sum() + a.gather(1, i) .square().sum() + F.embedding(i, a).prod()).backward()
+    (a[i].sum() + a.gather(1, i).square().sum() + F.embedding(i, a).prod()).backward()
     return a.grad
 
 
@@ -268,7 +271,11 @@ def forward_mode(d):
     a, t = leaf(d, 3).detach(), torch.arange(3.0, device=d)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(a, t)
-        out = (dual.sin() * dual).sum() + F.softmax(dual, 0)[1] + torch.nn.functional.linear(dual, torch.ones(2, 3, device=d)).sum()
+        out = (
+            (dual.sin() * dual).sum()
+            + F.softmax(dual, 0)[1]
+            + torch.nn.functional.linear(dual, torch.ones(2, 3, device=d)).sum()
+        )
         value, tangent = torch.autograd.forward_ad.unpack_dual(out)
     return value, tangent
 
@@ -314,14 +321,23 @@ def vmaps(d):
     chunks = torch.func.vmap(lambda x: x.softmax(0), chunk_size=2)
     layers = torch.func.vmap(lambda x: F.layer_norm(x, (3,)).relu())
     inplace = torch.func.vmap(lambda x: x.clone().squeeze_().add_(x.sum()))
-    return dot(a, b), nested(a, b.t()), chunks(a), layers(a), inplace(a), torch.func.vmap(lambda x: x.view(3, 1).t(), out_dims=1)(a)
+    return (
+        dot(a, b),
+        nested(a, b.t()),
+        chunks(a),
+        layers(a),
+        inplace(a),
+        torch.func.vmap(lambda x: x.view(3, 1).t(), out_dims=1)(a),
+    )
 
 
 def stacked_modules(d):
     torch.manual_seed(0)
     models = [torch.nn.Linear(2, 2).to(d) for _ in range(3)]
     params, buffers = torch.func.stack_module_state(models)
-    return torch.func.vmap(lambda p, b, x: torch.func.functional_call(models[0], (p, b), (x,)), (0, 0, None))(params, buffers, leaf(d, 4, 2).detach()).detach()
+    return torch.func.vmap(lambda p, b, x: torch.func.functional_call(models[0], (p, b), (x,)), (0, 0, None))(
+        params, buffers, leaf(d, 4, 2).detach()
+    ).detach()
 
 
 def functional_call_ties(d):
@@ -354,7 +370,11 @@ def test_program(program):
     both(program, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"use_reentrant": True}, {"use_reentrant": False}, {"use_reentrant": False, "preserve_rng_state": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"use_reentrant": True}, {"use_reentrant": False}, {"use_reentrant": False, "preserve_rng_state": False}],
+    ids=str,
+)
 def test_checkpoint(options):
     both(lambda d: checkpointed(d, **options), rtol=1e-4, atol=1e-5)
 
@@ -438,7 +458,7 @@ def _inference_tensor(d):
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_are_torchs(name):
-    with pytest.raises(Exception) as want:  # noqa: B017, PT011
+    with pytest.raises(Exception) as want:
         ERRORS[name]("cpu")
     with pytest.raises(type(want.value)) as got:
         ERRORS[name]("jax")
@@ -446,7 +466,10 @@ def test_errors_are_torchs(name):
     assert normal(got) == normal(want)
 
 
-@pytest.mark.parametrize("save", [lambda a: a.exp(), lambda a: a * a, lambda a: F.linear(a, a), lambda a: a.softmax(0), lambda a: a.sigmoid()])
+@pytest.mark.parametrize(
+    "save",
+    [lambda a: a.exp(), lambda a: a * a, lambda a: F.linear(a, a), lambda a: a.softmax(0), lambda a: a.sigmoid()],
+)
 def test_a_saved_tensor_that_was_changed_is_noticed(save):
     messages = []
     for d in ("cpu", "jax"):
@@ -499,12 +522,17 @@ def test_anomaly_mode_names_the_forward_line():
     a = torch.zeros(1, device="jax", requires_grad=True)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        with pytest.raises(RuntimeError, match="returned nan values in its 0th output"), torch.autograd.detect_anomaly():
+        with (
+            pytest.raises(RuntimeError, match="returned nan values in its 0th output"),
+            torch.autograd.detect_anomaly(),
+        ):
             (a.sqrt() * 0 / 1).sum().backward()
     assert any("test_autograd" in str(w.message) for w in seen)
 
 
 def test_gradcheck():
     a = leaf("jax", 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: (x.sin() * x).cumsum(0), (a,), check_batched_grad=True, check_forward_ad=True)
+    assert torch.autograd.gradcheck(
+        lambda x: (x.sin() * x).cumsum(0), (a,), check_batched_grad=True, check_forward_ad=True
+    )
     assert torch.autograd.gradgradcheck(lambda x: x.tanh() * x, (a,))

@@ -8,6 +8,7 @@ import jax
 import pytest
 import torch
 import torchax
+
 from helpers import assert_same, run_python
 
 

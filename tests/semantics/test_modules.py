@@ -7,12 +7,13 @@ import warnings
 
 import pytest
 import torch
-from helpers import assert_same
 import torch.utils._pytree as pytree
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 from torchax.tensor import Tensor
+
+from helpers import assert_same
 
 
 class Net(nn.Module):
@@ -59,7 +60,11 @@ def test_moving_keeps_objects_ties_and_flags(name, future):
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
     assert all(t.device.type == "jax" for t in tensors(m).values())
-    assert m.head.weight is m.embed.weight and isinstance(m.head.weight, nn.Parameter) and isinstance(m.head.weight, Tensor)
+    assert (
+        m.head.weight is m.embed.weight
+        and isinstance(m.head.weight, nn.Parameter)
+        and isinstance(m.head.weight, Tensor)
+    )
     assert ids == {k: id(v) for k, v in m.named_parameters(remove_duplicate=False)}
     assert not m.norm.bias.requires_grad and m.norm.weight.requires_grad and m.head.weight.note == "kept"
     assert m.mask.dtype == torch.bool and m.norm.num_batches_tracked.dtype == torch.int64 and m.unused is None
@@ -204,7 +209,12 @@ def test_parameters_and_buffers():
     m.p = p
     m.register_buffer("b", torch.zeros(2, device="jax"))
     m.list = nn.ParameterList([p, nn.Parameter(torch.ones(1, device="jax"))])
-    assert list(dict(m.named_parameters())) == ["p", "list.1"] and list(m.state_dict()) == ["p", "b", "list.0", "list.1"]
+    assert list(dict(m.named_parameters())) == ["p", "list.1"] and list(m.state_dict()) == [
+        "p",
+        "b",
+        "list.0",
+        "list.1",
+    ]
     with pytest.raises(TypeError):
         m.p = torch.ones(2, device="jax")
     with pytest.raises(RuntimeError):
@@ -279,6 +289,7 @@ def _utility(name, device):
             warnings.simplefilter("ignore")
             m = nn.utils.weight_norm(m)
     elif name == "parametrize":
+
         class Symmetric(nn.Module):
             def forward(self, w):
                 return w.triu() + w.triu(1)
@@ -327,7 +338,9 @@ def test_averaged_models():
     for device in ("jax", "cpu"):
         torch.manual_seed(0)
         m = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).to(device)
-        ema = torch.optim.swa_utils.AveragedModel(m, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True)
+        ema = torch.optim.swa_utils.AveragedModel(
+            m, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
+        )
         swa = torch.optim.swa_utils.AveragedModel(m)
         opt = torch.optim.SGD(m.parameters(), lr=0.1)
         scheduler = torch.optim.swa_utils.SWALR(opt, swa_lr=0.05)
@@ -362,7 +375,13 @@ def test_data_loaders_give_cpu_tensors_that_move(workers, pin):
 def test_data_loaders_over_jax_tensors():
     data = TensorDataset(torch.arange(10.0, device="jax").reshape(5, 2), torch.arange(5, device="jax"))
     batches = list(DataLoader(data, batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(0)))
-    assert all(x.device.type == "jax" for x, _ in batches) and sorted(i for _, y in batches for i in y.tolist()) == [0, 1, 2, 3, 4]
+    assert all(x.device.type == "jax" for x, _ in batches) and sorted(i for _, y in batches for i in y.tolist()) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
     part, rest = torch.utils.data.random_split(data, [2, 3])
     assert len(part) == 2 and rest[0][0].device.type == "jax"
 
@@ -380,5 +399,7 @@ def test_pinning():
 
 def test_default_device_and_data_loader():
     with torch.device("jax"):
-        for (x,) in DataLoader(TensorDataset(torch.arange(4.0)), batch_size=2, shuffle=True, generator=torch.Generator("cpu")):
+        for (x,) in DataLoader(
+            TensorDataset(torch.arange(4.0)), batch_size=2, shuffle=True, generator=torch.Generator("cpu")
+        ):
             assert x.device.type == "jax"

@@ -60,7 +60,11 @@ def test_states_can_be_saved_and_restored():
     assert state.dtype == torch.uint8 and state.device.type == "cpu"
     first = [draw(), torch.randint(0, 100, (5,), device="jax").tolist(), torch.randperm(9, device="jax").tolist()]
     torch.jax.set_rng_state(state)
-    assert [draw(), torch.randint(0, 100, (5,), device="jax").tolist(), torch.randperm(9, device="jax").tolist()] == first
+    assert [
+        draw(),
+        torch.randint(0, 100, (5,), device="jax").tolist(),
+        torch.randperm(9, device="jax").tolist(),
+    ] == first
     other = torch.jax.get_rng_state("jax:1")
     torch.jax.set_rng_state(other, "jax:1")
     torch.jax.set_rng_state(other, torch.device("jax", 0))
@@ -68,7 +72,12 @@ def test_states_can_be_saved_and_restored():
     states = torch.jax.get_rng_state_all()
     assert len(states) == torch.jax.device_count()
     torch.jax.set_rng_state_all(states)
-    for bad, error in ((torch.zeros(3, dtype=torch.uint8), RuntimeError), (torch.zeros(12), TypeError), (None, TypeError), (torch.get_rng_state(), RuntimeError)):
+    for bad, error in (
+        (torch.zeros(3, dtype=torch.uint8), RuntimeError),
+        (torch.zeros(12), TypeError),
+        (None, TypeError),
+        (torch.get_rng_state(), RuntimeError),
+    ):
         with pytest.raises(error):
             torch.jax.set_rng_state(bad)
     assert torch.equal(torch.jax.get_rng_state(0), states[0])
@@ -132,7 +141,11 @@ def test_generators_can_be_copied_and_refuse_other_devices():
     g = torchax.Generator().manual_seed(1)
     draw(generator=g)
     for twin in (copy.deepcopy(g), pickle.loads(pickle.dumps(g))):
-        assert type(twin) is torchax.Generator and torch.equal(twin.get_state(), g.get_state()) and twin.initial_seed() == 1
+        assert (
+            type(twin) is torchax.Generator
+            and torch.equal(twin.get_state(), g.get_state())
+            and twin.initial_seed() == 1
+        )
     with pytest.raises(RuntimeError, match="torch.Generator"):
         torchax.Generator("cpu")
 
@@ -153,7 +166,7 @@ def test_each_thread_may_draw():
     def work():
         try:
             results.extend(tuple(draw(n=4)) for _ in range(10))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             errors.append(error)
 
     threads = [threading.Thread(target=work) for _ in range(3)]
@@ -166,7 +179,10 @@ def test_keys_for_jax_code():
     env = torchax.default_env()
     torch.manual_seed(0)
     a, b = env.prng_key, env.get_and_rotate_prng_key()
-    assert jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) and not (jax.random.key_data(a) == jax.random.key_data(b)).all()
+    assert (
+        jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)
+        and not (jax.random.key_data(a) == jax.random.key_data(b)).all()
+    )
     torch.manual_seed(0)
     assert (jax.random.key_data(env.prng_key) == jax.random.key_data(a)).all()
 

@@ -55,7 +55,7 @@ def wait(result: Any) -> None:
     """Until the arrays in `result` (tensors, arrays, or nests of them) are there."""
     for leaf in jax.tree.leaves(result):
         if isinstance(leaf, Tensor):
-            leaf = leaf.detach().jax()
+            leaf = leaf.jax()
         if isinstance(leaf, jax.Array):
             leaf.block_until_ready()
 

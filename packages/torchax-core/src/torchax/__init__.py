@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import errors
+from . import _backend, errors
+from ._execute import strict as _strict
 from .config import config
 from .tensor import Tensor
-from ._execute import strict as _strict
-from . import _backend
 
 _backend.install()
 

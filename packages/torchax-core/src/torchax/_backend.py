@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.optim.optimizer import _foreach_supported_types
 from torch.fx.experimental import proxy_tensor
+from torch.optim.optimizer import _foreach_supported_types
 from torch.utils import _foreach_utils
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -51,8 +51,12 @@ def install() -> None:
         library.impl(name, _refuse)
         _refusing.append(library)
     _accelerator.install()
-    _foreach_utils._get_foreach_kernels_supported_devices = _foreach_devices(_foreach_utils._get_foreach_kernels_supported_devices)
-    proxy_tensor.HANDLED_TYPES += (Tensor,)  # else `make_fx` (torch.func.linearize) takes what is computed for constants
+    _foreach_utils._get_foreach_kernels_supported_devices = _foreach_devices(
+        _foreach_utils._get_foreach_kernels_supported_devices
+    )
+    proxy_tensor.HANDLED_TYPES += (
+        Tensor,
+    )  # else `make_fx` (torch.func.linearize) takes what is computed for constants
     torch.Tensor.pin_memory = _pin_memory  # type: ignore[method-assign]
     amp.install()
     _loading.install()

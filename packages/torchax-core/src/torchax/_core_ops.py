@@ -62,7 +62,11 @@ def empty(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def empty_strided(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """As `empty`, with the strides asked for."""
     if isinstance(args[0], torch.Tensor):
-        kwargs = {"dtype": args[0].dtype, "device": args[0].device, **{k: v for k, v in kwargs.items() if v is not None}}
+        kwargs = {
+            "dtype": args[0].dtype,
+            "device": args[0].device,
+            **{k: v for k, v in kwargs.items() if v is not None},
+        }
         args = args[1:]
     dtype = _dtype_and_layout(kwargs)
     size, stride = tuple(map(int, args[0])), tuple(map(int, args[1]))
@@ -163,7 +167,7 @@ def resize_rule(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     strides = contiguous_strides(size)
     if memory_format not in (None, torch.contiguous_format, torch.preserve_format):
         strides = tuple(torch.empty(size, device="meta", memory_format=memory_format).stride())
-    if size != t._m.shape:
+    if size != t._m.shape or (memory_format is not None and strides != t._m.strides):
         resize(t, size, strides)
     return t
 
@@ -178,7 +182,10 @@ def resize(t: Tensor, size: tuple[int, ...], strides: tuple[int, ...]) -> None:
         if geometry.numel == 0 and t._v is None:
             become(t, _zeros(meta))
             return
-        grown = wrap(_flat_grown(state.executor.load(storage), geometry, need), dense_meta((need,), geometry.dtype, geometry.index))
+        grown = wrap(
+            _flat_grown(state.executor.load(storage), geometry, need),
+            dense_meta((need,), geometry.dtype, geometry.index),
+        )
         storage = grow(storage, grown._s)
         geometry = storage.geometry
     whole = offset == 0 and size == geometry.shape and strides == geometry.strides
@@ -187,7 +194,12 @@ def resize(t: Tensor, size: tuple[int, ...], strides: tuple[int, ...]) -> None:
 
 def _flat_grown(value: Any, geometry: TensorMeta, n: int) -> Any:
     order, m = physical_order(geometry), geometry.numel
-    program = Program(lambda v: jnp.pad(jnp.transpose(v, order).reshape(-1), (0, n - m)), "aten::resize_", geometry.wide, geometry.index)
+    program = Program(
+        lambda v: jnp.pad(jnp.transpose(v, order).reshape(-1), (0, n - m)),
+        "aten::resize_",
+        geometry.wide,
+        geometry.index,
+    )
     return state.executor.run(program, (value,))
 
 
@@ -229,13 +241,10 @@ def copy_(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         except (RuntimeError, ValueError):
             fits = False
         if not fits:
-            raise RuntimeError(
-                f"The size of tensor a ({list(target.shape)}) must match the size of tensor b ({list(source.shape)}): "
-                "a tensor of the second shape cannot be copied into one of the first"
-            )
-    if type(src) is Tensor and (source.shape != target.shape or source.dtype != target.dtype):
-        value = convert.fit(value, source, target)
-    elif source.shape != target.shape:
+            target.fresh_on_meta().copy_(source.on_meta())  # torch says why
+    if (
+        type(src) is Tensor and (source.shape != target.shape or source.dtype != target.dtype)
+    ) or source.shape != target.shape:
         value = convert.fit(value, source, target)
     elif type(src) is Tensor:
         value = convert.copied(value) if dst._v is None and source.index == target.index else value
@@ -256,7 +265,9 @@ def to_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
             return torch.empty_like(t._m.on_meta(), dtype=dtype, memory_format=kwargs.get("memory_format"))
         else:
             host = convert.to_cpu(t)
-            return host.to(device=target, dtype=dtype, memory_format=kwargs.get("memory_format") or torch.preserve_format)
+            return host.to(
+                device=target, dtype=dtype, memory_format=kwargs.get("memory_format") or torch.preserve_format
+            )
     if type(t) is not Tensor:
         return convert.from_cpu(t, index, dtype)
     if index != t._m.index:
@@ -295,7 +306,9 @@ def local_scalar_dense(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def equal(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     a, b = args
     if a.device != b.device:
-        raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, {a.device} and {b.device}!")
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found at least two devices, {a.device} and {b.device}!"
+        )
     if a.shape != b.shape:
         return False
     x, y = (convert.host_array(state.executor.read(t), "torch.equal") for t in (a, b))

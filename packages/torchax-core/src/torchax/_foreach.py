@@ -30,7 +30,9 @@ def foreach_element(func: Any) -> Any | None:
     return None
 
 
-def foreach_apply(func: Any, element: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rules: Any) -> Callable[..., Any]:
+def foreach_apply(
+    func: Any, element: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rules: Any
+) -> Callable[..., Any]:
     """A function of (args, kwargs) with arrays in place of tensors that gives the list of results."""
     listed = {a.name for a in func._schema.arguments if str(a.type).startswith("List[")}
     names = [a.name for a in func._schema.arguments if not a.kwarg_only]

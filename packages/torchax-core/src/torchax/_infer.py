@@ -51,8 +51,9 @@ def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fresh:
         NoMeta: the op has no meta kernel, or its shape depends on values.
         Exception: what CPU torch raises for these arguments.
     """
-
-    sizes_on_host = any(a.name == "batch_sizes" for a in func._schema.arguments)  # of packed sequences: their values are read
+    sizes_on_host = any(
+        a.name == "batch_sizes" for a in func._schema.arguments
+    )  # of packed sequences: their values are read
 
     def on_meta(x: Any) -> Any:
         if type(x) is Tensor:
@@ -77,7 +78,11 @@ def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fresh:
 
 def _cpu_error(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
     """What CPU torch says: the op on CPU tensors of the same metadata; large ones hold one expanded element."""
-    written = {id(a) for a, s in zip(args, func._schema.arguments, strict=False) if s.alias_info is not None and s.alias_info.is_write}
+    written = {
+        id(a)
+        for a, s in zip(args, func._schema.arguments, strict=False)
+        if s.alias_info is not None and s.alias_info.is_write
+    }
 
     def on_cpu(x: Any) -> Any:
         if type(x) is Tensor:

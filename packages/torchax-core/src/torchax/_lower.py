@@ -64,7 +64,9 @@ def conform(out: Any, metas: Any, func: Any, provider: str) -> Any:
     if metas is None or not isinstance(metas, list | tuple):
         return None if metas is None else out
     if not isinstance(out, list | tuple) or len(out) != len(metas):
-        raise errors.LoweringError(f"the lowering of {func} by plugin {provider!r} gave {_said(out)} where torch gives {len(metas)} results")
+        raise errors.LoweringError(
+            f"the lowering of {func} by plugin {provider!r} gave {_said(out)} where torch gives {len(metas)} results"
+        )
     return tuple(conform(o, m, func, provider) for o, m in zip(out, metas, strict=True))
 
 
@@ -99,7 +101,11 @@ def _promotion(func: Any, entry: Lowering, args: tuple[Any, ...], kwargs: dict[s
     positions = [i for i, name in enumerate(names[: len(args)]) if takes_part(name)]
     keywords = [name for name in kwargs if name in kinds and takes_part(name)]
     participants = [args[i] for i in positions] + [kwargs[name] for name in keywords]
-    flat = [_on_meta(x) for x in tree_flatten(participants)[0] if x is not None and isinstance(x, torch.Tensor | bool | int | float | complex)]
+    flat = [
+        _on_meta(x)
+        for x in tree_flatten(participants)[0]
+        if x is not None and isinstance(x, torch.Tensor | bool | int | float | complex)
+    ]
     if not any(isinstance(x, torch.Tensor) for x in flat):
         return None
     compute, _ = elementwise_dtypes(*flat, type_promotion_kind=_KINDS[entry.promote])
@@ -130,7 +136,9 @@ def _promoted(x: Any, dtype: np.dtype) -> Any:
             return float(x.real)
         if dtype.kind == "c":
             return complex(x)
-        return x if dtype.kind == "b" or np.iinfo(dtype).min <= x <= np.iinfo(dtype).max else np.asarray(x).astype(dtype)
+        return (
+            x if dtype.kind == "b" or np.iinfo(dtype).min <= x <= np.iinfo(dtype).max else np.asarray(x).astype(dtype)
+        )
     return convert.cast(jnp.asarray(x), dtype) if x.dtype != dtype else x
 
 
@@ -181,7 +189,7 @@ def decomposed(func: Any, decompose: Callable[..., Any], metas: Any, index: int)
     def apply(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         trace = Traced(outer=state.executor, pure=True)
         with _decomposing(func), executing(trace), torch.no_grad():
-            lift = lambda x: Tensor(x) if isinstance(x, jax.Array) else x  # noqa: E731
+            lift = lambda x: Tensor(x) if isinstance(x, jax.Array) else x
             try:
                 out = decompose(*tree_map(lift, args), **tree_map(lift, kwargs))
             except (errors.TracerEscaped, errors.DataDependentShape):
@@ -208,5 +216,3 @@ def op_by_op(func: Any, decompose: Callable[..., Any], args: tuple[Any, ...], kw
         return missing(func, args, kwargs)
     with _decomposing(func), torch.no_grad():
         return decompose(*args, **kwargs)
-
-

@@ -28,7 +28,9 @@ def missing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     SERVED[name] += 1
     if name not in _warned:
         _warned.add(name)
-        warnings.warn(f"{name} has no lowering and runs on CPU (torchax.config.fallback = 'cpu')", RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"{name} has no lowering and runs on CPU (torchax.config.fallback = 'cpu')", RuntimeWarning, stacklevel=3
+        )
     return on_cpu(func, args, kwargs)
 
 
@@ -89,5 +91,9 @@ def on_cpu(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _strided_copy(t: Tensor) -> torch.Tensor:
-    host = convert.to_cpu(t, f"the CPU fallback")
-    return host if tuple(host.stride()) == t._m.strides else torch.empty_strided(t._m.shape, t._m.strides, dtype=t.dtype).copy_(host)
+    host = convert.to_cpu(t, "the CPU fallback")
+    return (
+        host
+        if tuple(host.stride()) == t._m.strides
+        else torch.empty_strided(t._m.shape, t._m.strides, dtype=t.dtype).copy_(host)
+    )

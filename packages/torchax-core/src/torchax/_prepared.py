@@ -31,7 +31,7 @@ def prepared_rule(func: Any, entry: Lowering) -> Callable[[tuple[Any, ...], dict
         hit = cache.get(key)
         if hit is None:
             meta = infer(func, args, kwargs, index)
-            run = lambda *numbers: conform(entry.fn(*static, *numbers), meta, func, entry.provider)  # noqa: E731
+            run = lambda *numbers: conform(entry.fn(*static, *numbers), meta, func, entry.provider)
             hit = cache[key] = (Program(run, func.name(), True, index), meta)
         program, meta = hit
         return wrap(state.executor.run(program, operands), meta)

@@ -101,7 +101,9 @@ def op_name(op: Any) -> str:
     if isinstance(op, str) and op:
         name = op if "::" in op else "aten::" + op
         return name.removesuffix(".default")
-    raise TypeError(f"expected a torch op overload or its name, e.g. torch.ops.aten.add.Tensor or 'add.Tensor'; got {op!r}")
+    raise TypeError(
+        f"expected a torch op overload or its name, e.g. torch.ops.aten.add.Tensor or 'add.Tensor'; got {op!r}"
+    )
 
 
 def lowering(*ops: Any, **attributes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -169,7 +171,13 @@ def view_lowering(*ops: Any, **attributes: Any) -> Callable[[Callable[..., Any]]
     return lambda fn: ViewLowering(fn, ops, attributes)
 
 
-def table(entries: Mapping[str, Callable[..., Any]], *, overloads: Iterable[str] = ("default",), family: str = "", **attributes: Any) -> list[Lowering]:
+def table(
+    entries: Mapping[str, Callable[..., Any]],
+    *,
+    overloads: Iterable[str] = ("default",),
+    family: str = "",
+    **attributes: Any,
+) -> list[Lowering]:
     """Lowerings of regular ops, ``{"neg": jnp.negative}``, for each of `overloads`. Assign it to a module-level name."""
     return [
         Lowering(op=op_name(f"{name}.{overload}"), fn=fn, family=family, table=True, **attributes)
@@ -268,7 +276,13 @@ class Registry:
         for listener in self.listeners:
             listener()
 
-    def resolve(self, op: Any, platform: str, dtype: torch.dtype | None = None, call: tuple[tuple[Any, ...], dict[str, Any]] | None = None) -> Lowering | None:
+    def resolve(
+        self,
+        op: Any,
+        platform: str,
+        dtype: torch.dtype | None = None,
+        call: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    ) -> Lowering | None:
         """The lowering that serves a call, or None.
 
         Args:
@@ -297,7 +311,13 @@ class Registry:
             )
         return willing[0]
 
-    def explain(self, op: Any, platform: str, dtype: torch.dtype | None = None, call: tuple[tuple[Any, ...], dict[str, Any]] | None = None) -> list[Verdict]:
+    def explain(
+        self,
+        op: Any,
+        platform: str,
+        dtype: torch.dtype | None = None,
+        call: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    ) -> list[Verdict]:
         """Each candidate with the reason why it is taken or passed over, in the order in which they are asked."""
         verdicts, taken = [], None
         for entry in self._by_op.get(op_name(op), ()):
@@ -318,10 +338,14 @@ class Registry:
         name = op_name(op)
         packet = name.split(".")[0]
         overloads = [o for o in self._by_op if o.split(".")[0] == packet and o != name]
-        return (overloads + [o for o in difflib.get_close_matches(name, list(self._by_op), n, 0.6) if o not in overloads])[:n]
+        return (
+            overloads + [o for o in difflib.get_close_matches(name, list(self._by_op), n, 0.6) if o not in overloads]
+        )[:n]
 
 
-def _refusal(entry: Lowering, platform: str, dtype: torch.dtype | None, call: tuple[tuple[Any, ...], dict[str, Any]] | None) -> str | None:
+def _refusal(
+    entry: Lowering, platform: str, dtype: torch.dtype | None, call: tuple[tuple[Any, ...], dict[str, Any]] | None
+) -> str | None:
     if entry.platforms and platform not in entry.platforms:
         return f"serves platform {'/'.join(entry.platforms)}, not {platform}"
     if entry.dtypes and dtype is not None and dtype not in entry.dtypes:

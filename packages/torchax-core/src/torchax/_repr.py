@@ -28,12 +28,15 @@ def tensor_repr(t: Tensor) -> str:
         if not host.numel() and host.dim() != 1:
             suffixes.append(f"size={tuple(host.shape)}")
         implied = t.dtype in _IMPLIED if host.numel() else False
-        if not implied and t.dtype not in (torch.get_default_dtype(), torch.complex64 if torch.get_default_dtype() is torch.float32 else torch.complex128):
+        if not implied and t.dtype not in (
+            torch.get_default_dtype(),
+            torch.complex64 if torch.get_default_dtype() is torch.float32 else torch.complex128,
+        ):
             suffixes.append(f"dtype={t.dtype}")
     if t.grad_fn is not None:
         name = type(t.grad_fn).__name__
         suffixes.append(f"grad_fn=<{type(t.grad_fn)._forward_cls.__name__ if name == 'CppFunction' else name}>")  # type: ignore[attr-defined]
     elif t.requires_grad:
         suffixes.append("requires_grad=True")
-    text = torch._tensor_str._add_suffixes("tensor(" + contents, suffixes, 0, False)
+    text = torch._tensor_str._add_suffixes("tensor(" + contents, suffixes, len("tensor("), False)
     return f"Parameter containing:\n{text}" if isinstance(t, torch.nn.Parameter) else text

@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 from . import _core_ops, convert, errors, random
 from ._dispatch import RULES
 from ._execute import Program, state
+from ._execute.traced import ImpureTrace
 from ._foreach import foreach_apply, foreach_element
 from ._infer import NoMeta, infer, infer_by_shape
 from ._lower import Apply, decomposed, decomposition, is_composite_implicit, lowered, op_by_op
-from ._execute.traced import ImpureTrace
 from ._missing import missing
 from ._prepared import prepared_rule
 from ._registry import REGISTRY, Lowering
@@ -59,7 +59,14 @@ def make_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
         return composite_rule(func)
     if not entries and _returns_alias(func):
         return strided_view_rule(func)
-    return FunctionalRule(func)
+    rule = FunctionalRule(func)
+    names = [a.name for a in func._schema.arguments if not a.kwarg_only]
+    if "generator" in names:  # poisson(x, generator)
+        at = names.index("generator")
+        return lambda args, kwargs: rule(
+            args[:at] + args[at + 1 :], {**kwargs, "generator": args[at]} if len(args) > at else kwargs
+        )
+    return rule
 
 
 def _returns_alias(func: Any) -> bool:
@@ -77,10 +84,30 @@ class Entry:
         kind: ``functional``, ``dynamic``, ``stateful`` or ``op by op``.
     """
 
-    __slots__ = ("apply", "dynamic", "index", "lowering", "metas", "operand_kinds", "plain", "program", "single", "template")
+    __slots__ = (
+        "apply",
+        "dynamic",
+        "index",
+        "lowering",
+        "metas",
+        "operand_kinds",
+        "plain",
+        "program",
+        "single",
+        "template",
+    )
 
-    def __init__(self, program: Program | None, apply: Apply, metas: Any, template: Any, index: int, lowering: Lowering | None):
-        self.program, self.apply, self.metas, self.template, self.index, self.lowering = program, apply, metas, template, index, lowering
+    def __init__(
+        self, program: Program | None, apply: Apply, metas: Any, template: Any, index: int, lowering: Lowering | None
+    ):
+        self.program, self.apply, self.metas, self.template, self.index, self.lowering = (
+            program,
+            apply,
+            metas,
+            template,
+            index,
+            lowering,
+        )
         self.operand_kinds: tuple[bool, ...] = ()  # whether each operand is a tensor
         self.single = type(metas) is TensorMeta
         self.dynamic = lowering is not None and lowering.kind == "dynamic"
@@ -95,7 +122,11 @@ class FunctionalRule:
         self.func = func
         self.entries = REGISTRY.lowerings(func) if lowered else []
         self.element = None if self.entries else foreach_element(func)
-        self.signature = Signature(func, self.entries or (REGISTRY.lowerings(self.element) if self.element else ()), bool(self.entries or self.element))
+        self.signature = Signature(
+            func,
+            self.entries or (REGISTRY.lowerings(self.element) if self.element else ()),
+            bool(self.entries or self.element),
+        )
         self.cache: dict[tuple[Any, ...], Entry] = {}
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -141,8 +172,13 @@ class FunctionalRule:
     def resolve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
         """Who serves calls like this one, and what they give."""
         func = self.func
-        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type not in ("jax", "lazy"):  # ones_like(x, device="cpu")
-            return Entry(None, lambda a, k: func(*tree_map(lambda x: _stand_in(x, k["device"]), a), **k), None, (), 0, None)
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type not in (
+            "jax",
+            "lazy",
+        ):  # ones_like(x, device="cpu")
+            return Entry(
+                None, lambda a, k: func(*tree_map(lambda x: _stand_in(x, k["device"]), a), **k), None, (), 0, None
+            )
         index = _device_index(func, args, kwargs)
         entry = self._choose(args, kwargs, index)
         if entry is None and self.entries:  # no condition holds: torch's decomposition, which takes numbers as numbers
@@ -197,9 +233,13 @@ class FunctionalRule:
             return None
         first = next((x for x in tree_flatten((args, kwargs))[0] if type(x) is Tensor), None)
         call = (tree_map(_as_shape, args), tree_map(_as_shape, {k: v for k, v in kwargs.items() if k not in DROPPED}))
-        return REGISTRY.resolve(self.func, convert.platform(index), first.dtype if first is not None else kwargs.get("dtype"), call)
+        return REGISTRY.resolve(
+            self.func, convert.platform(index), first.dtype if first is not None else kwargs.get("dtype"), call
+        )
 
-    def _apply(self, entry: Lowering | None, args: tuple[Any, ...], kwargs: dict[str, Any], metas: Any, index: int) -> Apply | None:
+    def _apply(
+        self, entry: Lowering | None, args: tuple[Any, ...], kwargs: dict[str, Any], metas: Any, index: int
+    ) -> Apply | None:
         func = self.func
         if entry is not None:
             return lowered(func, entry, args, kwargs, metas)
@@ -215,7 +255,11 @@ class FunctionalRule:
         targets = _written(self.func, entry, args, kwargs)
         if not targets:
             return metas
-        plain = () if self.func._schema.is_mutable and not _fresh_returns(self.func) else tuple(plain)[: _fresh_returns(self.func)]
+        plain = (
+            ()
+            if self.func._schema.is_mutable and not _fresh_returns(self.func)
+            else tuple(plain)[: _fresh_returns(self.func)]
+        )
         return (*plain, *(t._m if t is not None else None for t in targets))
 
     # ------------------------------------------------------------------ calls that are more than a program
@@ -313,7 +357,9 @@ def _written(func: Any, entry: Lowering, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _unwrapped(out: Any) -> tuple[Any, Any]:
-    return tree_map(lambda t: state.executor.read(t) if type(t) is Tensor else t, out), tree_map(lambda t: t._m if type(t) is Tensor else t, out)
+    return tree_map(lambda t: state.executor.read(t) if type(t) is Tensor else t, out), tree_map(
+        lambda t: t._m if type(t) is Tensor else t, out
+    )
 
 
 def wrap_nest(out: Any, metas: Any) -> Any:
@@ -342,13 +388,22 @@ def _device_index(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> i
     return _core_ops.current_index(device) if found is None or device is not None else found
 
 
-_INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index", "aten::_unsafe_index_put"}
+_INDEXING = {
+    "aten::index",
+    "aten::index_put",
+    "aten::index_put_",
+    "aten::_index_put_impl_",
+    "aten::_unsafe_index",
+    "aten::_unsafe_index_put",
+}
 
 
 def _takes_host(func: Any, x: torch.Tensor) -> bool:
     """Whether the op takes `x` on CPU beside tensors on the device: indices, and the batch sizes of packed sequences."""
     schema = func._schema
-    return schema.name in _INDEXING or (x.dtype is torch.int64 and any(a.name == "batch_sizes" for a in schema.arguments))
+    return schema.name in _INDEXING or (
+        x.dtype is torch.int64 and any(a.name == "batch_sizes" for a in schema.arguments)
+    )
 
 
 def _mixed(a: str, b: str, func: Any) -> RuntimeError:
@@ -367,11 +422,20 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
     schema = func._schema
     written = [(i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     outs = [a.name for _, a in written if a.is_out]
-    takes_dtype = bool(outs) and any(a.name == "dtype" for a in twin._schema.arguments) and not any("Tensor" in str(a.type) for a in twin._schema.arguments)
+    takes_dtype = (
+        bool(outs)
+        and any(a.name == "dtype" for a in twin._schema.arguments)
+        and not any("Tensor" in str(a.type) for a in twin._schema.arguments)
+    )
     checked: set[Any] = set()
     signature = Signature(func, (), numbers=True)
+    needed, defaults = _defaults_of(func, twin)
+    returned = [_alias_index(written, r) for r in schema.returns if r.alias_info is not None]
 
     def rule(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(args) < needed:
+            args = (*args, *defaults[len(args) - needed :])
+        key = None
         if outs:
             kwargs = dict(kwargs)
             targets = [kwargs.pop(name) for name in outs]
@@ -380,9 +444,10 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
         else:
             targets = [args[i] if i < len(args) else kwargs.get(a.name) for i, a in written]
             key = signature.bind(args, kwargs)[0]
-            if key not in checked:
+            if key in checked:
+                key = None
+            else:
                 check_inplace(func, args, kwargs, targets)
-                checked.add(key)
         values, metas = _run_raw(twin, args, kwargs)
         if len(targets) == 1 and (type(metas) is TensorMeta or not schema.returns):
             values, metas = (values,), (metas,)
@@ -390,6 +455,10 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
         if outs:
             for target, meta in zip(targets, metas, strict=False):
                 prepare_out(target, meta, func)
+        if key is not None:
+            for target, meta in zip(targets, metas[fresh:], strict=False):
+                check_cast(meta, target)
+            checked.add(key)
         for target, value, meta in zip(targets, values[fresh:], metas[fresh:], strict=False):
             _write(target, value, meta)
         if fresh:
@@ -397,9 +466,22 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
             return results[0] if len(results) == 1 and len(schema.returns) == 1 else tuple(results)
         if not schema.returns:
             return None
-        return targets[0] if len(targets) == 1 else tuple(targets)
+        return targets[returned[0]] if len(returned) == 1 else tuple([targets[i] for i in returned])
 
     return rule
+
+
+def _defaults_of(func: Any, twin: Any) -> tuple[int, tuple[Any, ...]]:
+    """What calls may leave out, but the twin wants (``bernoulli_(p=0.5)``): the number of arguments then, and the last ones."""
+    wanted = {a.name for a in twin._schema.arguments if not a.has_default_value()}
+    own = [a for a in func._schema.arguments if not a.kwarg_only]
+    defaults = [(i + 1, a.default_value) for i, a in enumerate(own) if a.has_default_value() and a.name in wanted]
+    return (defaults[-1][0], tuple(value for _, value in defaults)) if defaults else (0, ())
+
+
+def _alias_index(written: list[tuple[int, Any]], returned: Any) -> int:
+    """Which of the written arguments a result is."""
+    return next((i for i, (_, a) in enumerate(written) if a.alias_info.before_set == returned.alias_info.before_set), 0)
 
 
 def _run_raw(twin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -421,9 +503,13 @@ def _write(target: Any, value: Any, meta: Any) -> None:
 def check_inplace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], targets: list[Any]) -> None:
     """torch's own refusals of an in-place call: broadcasting, casts, overlapping memory. Nothing has been changed yet."""
     index = _device_index(func, args, kwargs)
-    flat = [t for target in targets for t in (target if isinstance(target, list | tuple) else (target,)) if t is not None]
+    flat = [
+        t for target in targets for t in (target if isinstance(target, list | tuple) else (target,)) if t is not None
+    ]
     for t in flat:
-        if any(stride == 0 and size > 1 for size, stride in zip(t._m.shape, t._m.strides, strict=True)) and not _fills(func):
+        if any(stride == 0 and size > 1 for size, stride in zip(t._m.shape, t._m.strides, strict=True)) and not _fills(
+            func
+        ):
             raise RuntimeError(
                 "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
                 "Please clone() the tensor before performing the operation."
@@ -432,6 +518,17 @@ def check_inplace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], targ
         infer(func, args, kwargs, index, fresh=True)
     except NoMeta:
         return
+
+
+def check_cast(meta: Any, target: Any) -> None:
+    """torch's refusal of a result that the written tensor's dtype cannot hold (floats into integers)."""
+    if isinstance(target, list | tuple):
+        for m, t in zip(meta, target, strict=False):
+            check_cast(m, t)
+    elif type(meta) is TensorMeta and target is not None and not torch.can_cast(meta.dtype, target.dtype):
+        raise RuntimeError(
+            f"result type {_scalar_name(meta.dtype)} can't be cast to the desired output type {_scalar_name(target.dtype)}"
+        )
 
 
 def _fills(func: Any) -> bool:
@@ -444,10 +541,7 @@ def prepare_out(out: Tensor, meta: Any, func: Any) -> None:
         return
     if type(out) is not Tensor or out._m.index != meta.index:
         raise _mixed(f"jax:{meta.index}", str(out.device), func)
-    if not torch.can_cast(meta.dtype, out.dtype):
-        raise RuntimeError(
-            f"result type {_scalar_name(meta.dtype)} can't be cast to the desired output type {_scalar_name(out.dtype)}"
-        )
+    check_cast(meta, out)
     if out._m.shape != meta.shape:
         if out._m.numel:
             warnings.warn(

@@ -67,14 +67,18 @@ class Signature:
                     _bind(a, self.running.get(name), key, operands)
         return tuple(key), operands
 
-    def template(self, args: tuple[Any, ...], kwargs: dict[str, Any], everything: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def template(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], everything: bool = False
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call with a `Slot` in place of every operand, in the order of `bind`.
 
         What lowerings never see (``device``, ``layout``, ...) is left out unless `everything` is asked for.
         """
         count = _Count()
         targs = tuple(_template(a, mode, count) for a, mode in zip(args, self.modes, strict=False))
-        tkwargs = {name: _template(a, self.running.get(name), count) for name, a in kwargs.items() if name not in _IGNORED}
+        tkwargs = {
+            name: _template(a, self.running.get(name), count) for name, a in kwargs.items() if name not in _IGNORED
+        }
         return targs, tkwargs if everything else {k: v for k, v in tkwargs.items() if k not in DROPPED}
 
 

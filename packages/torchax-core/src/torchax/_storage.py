@@ -16,7 +16,20 @@ from . import dtypes
 class TensorMeta:
     """Shape, strides, dtype and device index of a tensor. Interned: equal metadata is the same object, so it is a cheap key."""
 
-    __slots__ = ("contiguous", "cpp_device", "device", "dtype", "index", "jax_dtype", "numel", "on_meta_", "root", "shape", "strides", "wide")
+    __slots__ = (
+        "contiguous",
+        "cpp_device",
+        "device",
+        "dtype",
+        "index",
+        "jax_dtype",
+        "numel",
+        "on_meta_",
+        "root",
+        "shape",
+        "strides",
+        "wide",
+    )
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -45,7 +58,12 @@ def meta_of(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
     meta = _interned.get(key)
     if meta is None:
         meta = TensorMeta()
-        meta.shape, meta.strides, meta.dtype, meta.index = tuple(map(int, shape)), tuple(map(int, strides)), dtype, index
+        meta.shape, meta.strides, meta.dtype, meta.index = (
+            tuple(map(int, shape)),
+            tuple(map(int, strides)),
+            dtype,
+            index,
+        )
         meta.jax_dtype, meta.wide, meta.numel = dtypes.to_jax(dtype), dtypes.is_wide(dtype), math.prod(shape)
         meta.device, meta.cpp_device = torch.device("jax", index), torch.device("lazy", index)
         meta.contiguous = meta.strides == contiguous_strides(meta.shape)

@@ -36,7 +36,9 @@ def view_rule(func: Any, entry: Lowering) -> Rule:
         else:
             static, positions, delta = prepared
         hit = cache.get((meta, static))
-        if hit is None or (prepared is None and prepare is not None):  # unprepared arguments are wrong: let torch say so
+        if hit is None or (
+            prepared is None and prepare is not None
+        ):  # unprepared arguments are wrong: let torch say so
             m = run_on_meta(func, (t, *rest), {})
             out = describe(m, meta.index)
             identity = prepared is not None and out is meta and not positions
@@ -50,7 +52,8 @@ def view_rule(func: Any, entry: Lowering) -> Rule:
             delta = offset
         if view is None:
             return make(t._s, out, View(root(t._s.geometry).then(step), positions, delta))
-        return make(t._s, out, View(view.chain.then(step), view.positions + positions, view.offset + delta))
+        begin = view.offset if out.dtype is meta.dtype else view.offset * meta.dtype.itemsize // out.dtype.itemsize
+        return make(t._s, out, View(view.chain.then(step), view.positions + positions, begin + delta))
 
     return rule
 
@@ -90,6 +93,13 @@ def as_strided(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     span = sum((n - 1) * s for n, s in zip(t._m.shape, t._m.strides, strict=True) if n)
     whole = torch.empty(max(t._s.geometry.numel, t.storage_offset() + 1 + span), dtype=t.dtype, device="meta")
     m = op(whole.as_strided(t._m.shape, t._m.strides, t.storage_offset()), *rest, **kwargs)
+    size = m.dtype.itemsize
+    need = (m.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(m.shape, m.stride(), strict=True))) * size
+    if m.numel() and need > t._s.nbytes:
+        raise RuntimeError(
+            f"setStorage: sizes {list(m.shape)}, strides {list(m.stride())}, storage offset {m.storage_offset()}, and itemsize {size} "
+            f"requiring a storage size of {need} are out of bounds for storage of size {t._s.nbytes}"
+        )
     return _window(t, m, m.storage_offset())
 
 

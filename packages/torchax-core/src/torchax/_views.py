@@ -21,7 +21,14 @@ class Step:
 
     __slots__ = ("inverse", "name", "positions", "read", "static")
 
-    def __init__(self, name: str, read: Callable[..., Any], inverse: Callable[..., Any] | None, static: tuple[Any, ...], positions: int):
+    def __init__(
+        self,
+        name: str,
+        read: Callable[..., Any],
+        inverse: Callable[..., Any] | None,
+        static: tuple[Any, ...],
+        positions: int,
+    ):
         self.name, self.read, self.inverse, self.static, self.positions = name, read, inverse, static, positions
 
 
@@ -47,7 +54,12 @@ class Chain:
     def read(self) -> Program:
         """``(payload, *positions) -> value``."""
         if self._read is None:
-            self._read = Program(lambda payload, *positions: self._values(payload, positions)[-1], f"view::{self._name}", self._wide, self.geometry.index)
+            self._read = Program(
+                lambda payload, *positions: self._values(payload, positions)[-1],
+                f"view::{self._name}",
+                self._wide,
+                self.geometry.index,
+            )
         return self._read
 
     @property
@@ -56,7 +68,9 @@ class Chain:
         if self._write is None:
             for step in self.steps:
                 if step.inverse is None:
-                    raise NotImplementedError(f"a view made by {step.name} cannot be written: its lowering gives no inverse")
+                    raise NotImplementedError(
+                        f"a view made by {step.name} cannot be written: its lowering gives no inverse"
+                    )
 
             def write(payload: Any, value: Any, *positions: Any) -> Any:
                 bases = self._values(payload, positions, last=False)
@@ -105,7 +119,9 @@ def root(geometry: TensorMeta) -> Chain:
 _steps: dict[tuple[Any, ...], Step] = {}
 
 
-def intern_step(name: str, read: Callable[..., Any], inverse: Callable[..., Any] | None, static: tuple[Any, ...], positions: int) -> Step:
+def intern_step(
+    name: str, read: Callable[..., Any], inverse: Callable[..., Any] | None, static: tuple[Any, ...], positions: int
+) -> Step:
     """The one `Step` of these values."""
     key = (name, read, static, positions)
     step = _steps.get(key)
@@ -120,15 +136,23 @@ def strided_view(geometry: TensorMeta, shape: tuple[int, ...], strides: tuple[in
     return View(root(geometry).then(step), (), offset)
 
 
-def _strided_read(payload: Any, geometry: TensorMeta, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Any:
+def _strided_read(
+    payload: Any, geometry: TensorMeta, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
+) -> Any:
     flat = _flat(payload, geometry)
     index = strided_indices(shape, strides, offset).reshape(-1)
-    if index.size and index[-1] - index[0] + 1 == index.size and np.array_equal(index, np.arange(index[0], index[0] + index.size)):
+    if (
+        index.size
+        and index[-1] - index[0] + 1 == index.size
+        and np.array_equal(index, np.arange(index[0], index[0] + index.size))
+    ):
         return flat[int(index[0]) : int(index[0]) + index.size].reshape(shape)  # one dense run: no gather
     return flat[index.astype(np.int32 if payload.size < 2**31 else np.int64)].reshape(shape)
 
 
-def _strided_write(payload: Any, value: Any, geometry: TensorMeta, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Any:
+def _strided_write(
+    payload: Any, value: Any, geometry: TensorMeta, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
+) -> Any:
     index = strided_indices(shape, strides, offset).reshape(-1).astype(np.int32 if payload.size < 2**31 else np.int64)
     flat = _flat(payload, geometry).at[index].set(value.reshape(-1), mode="promise_in_bounds")
     order = physical_order(geometry)

@@ -87,7 +87,9 @@ class _Whole(torch.autograd.Function):
 def _differentiable(call: _Call, tensors: Any, outs: Any, grads: Any, needs: tuple[bool, ...]) -> list[Any]:
     """Through torch's decomposition, so that the gradients have gradients."""
     inputs = [t.view_as(t) if n else t for t, n in zip(tensors, needs, strict=True)]
-    others = [torch.from_numpy(o) if isinstance(o, np.ndarray) else o for o in call.others]  # CPU tensors that it was given
+    others = [
+        torch.from_numpy(o) if isinstance(o, np.ndarray) else o for o in call.others
+    ]  # CPU tensors that it was given
     args, kwargs = place(call.served.template, call.operands(inputs, others))
     out = call.op._op_dk(_COMPOSITE, *args, **kwargs)
     results = (out,) if call.single else tuple(out)
@@ -117,7 +119,10 @@ def _backward_program(call: _Call, needs: tuple[bool, ...], given: tuple[bool, .
     """Gradients of the needed tensor arguments from (tensors, [results,] gradients, other operands)."""
     served, lowering, single = call.served, call.served.lowering, call.single
     kept = 0 if lowering.backward is None else len(given)
-    op, arrange = call.op, _Call(call.op, call.rule, served, []).operands  # the cache must not keep this call's operands
+    op, arrange = (
+        call.op,
+        _Call(call.op, call.rule, served, []).operands,
+    )  # the cache must not keep this call's operands
 
     def run(*operands: Any) -> Any:
         tensors, outs, rest = operands[:n], operands[n : n + kept], list(operands[n + kept :])
@@ -128,7 +133,9 @@ def _backward_program(call: _Call, needs: tuple[bool, ...], given: tuple[bool, .
         else:
             found = _vjp(tensors, rest, grads)
         pairs = zip(found, tensors, needs, strict=True)
-        return [jax.numpy.zeros_like(t) if g is None else g.astype(t.dtype).reshape(t.shape) for g, t, need in pairs if need]
+        return [
+            jax.numpy.zeros_like(t) if g is None else g.astype(t.dtype).reshape(t.shape) for g, t, need in pairs if need
+        ]
 
     def _vjp(tensors: Any, rest: list[Any], grads: list[Any]) -> list[Any]:
         wanted = [i for i, need in enumerate(needs) if need]
@@ -143,7 +150,8 @@ def _backward_program(call: _Call, needs: tuple[bool, ...], given: tuple[bool, .
         leaves = [out] if single else list(out)
         # torch's gradient of a complex number is the conjugate of JAX's
         cotangents = [
-            jax.numpy.zeros_like(o) if g is None else g.astype(o.dtype).conj() for o, g in zip(leaves, grads, strict=True)
+            jax.numpy.zeros_like(o) if g is None else g.astype(o.dtype).conj()
+            for o, g in zip(leaves, grads, strict=True)
         ]
         computed = iter([g.conj() for g in vjp(cotangents[0] if single else type(out)(cotangents))])
         return [next(computed) if need else None for need in needs]

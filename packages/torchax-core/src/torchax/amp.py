@@ -24,7 +24,7 @@ FLOAT32 = (
     "nll_loss", "nll_loss2d", "hinge_embedding_loss", "kl_div", "l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss",
     "margin_ranking_loss", "multilabel_margin_loss", "soft_margin_loss", "triplet_margin_loss", "multi_margin_loss",
     "binary_cross_entropy_with_logits", "dist", "pdist", "cdist", "renorm", "logsumexp", "softmax.int", "log_softmax.int",
-    "cross_entropy_loss", "prod", "prod.dim_int", "cumsum", "cumprod", "sum", "sum.dim_IntList", "norm.Scalar", "norm.ScalarOpt_dim",
+    "cross_entropy_loss", "prod", "prod.dim_int", "cumsum", "cumprod", "sum", "sum.dim_IntList", "norm.Scalar", "norm.ScalarOpt_dim", "linalg_vector_norm",
     "rms_norm", "upsample_bicubic2d", "upsample_bilinear2d", "upsample_linear1d", "upsample_trilinear3d",
 )  # fmt: skip
 WIDEST = (
@@ -51,17 +51,24 @@ def install() -> None:
             if found is None or (overload or "default") not in found.overloads():
                 continue
             _library.impl(name, _kernel(getattr(found, overload or "default"), target))
+    torch.set_autocast_dtype("jax", torch.bfloat16)  # what every platform computes well
     _library.impl("binary_cross_entropy", _refuse_binary_cross_entropy)
 
 
 def _kernel(op: Any, target: Callable[[list[torch.Tensor]], torch.dtype]) -> Callable[..., Any]:
     def autocast(*args: Any, **kwargs: Any) -> Any:
-        flat = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dtype in _FLOATS]
+        flat = [
+            x
+            for x in torch.utils._pytree.tree_leaves((args, kwargs))
+            if isinstance(x, torch.Tensor) and x.dtype in _FLOATS
+        ]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_KEY)):
             if not flat:
                 return op(*args, **kwargs)
             dtype = target(flat)
-            cast = lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in _FLOATS and x.dtype != dtype else x  # noqa: E731
+            cast = lambda x: (
+                x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in _FLOATS and x.dtype != dtype else x
+            )
             return op(*tree_map(cast, args), **tree_map(cast, kwargs))
 
     return autocast

@@ -41,14 +41,18 @@ class Config:
         try:
             return self._options[name].value
         except KeyError:
-            raise AttributeError(f"torchax.config has no setting {name!r}; it has {', '.join(sorted(self._options))}") from None
+            raise AttributeError(
+                f"torchax.config has no setting {name!r}; it has {', '.join(sorted(self._options))}"
+            ) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         option = self._options.get(name)
         if option is None:
             raise AttributeError(f"torchax.config has no setting {name!r}; it has {', '.join(sorted(self._options))}")
         if option.choices and value not in option.choices:
-            raise ValueError(f"torchax.config.{name} must be one of {', '.join(map(repr, option.choices))}; got {value!r}")
+            raise ValueError(
+                f"torchax.config.{name} must be one of {', '.join(map(repr, option.choices))}; got {value!r}"
+            )
         previous, option.value = option.value, value
         try:
             for listener in option.listeners:
@@ -91,10 +95,16 @@ config.declare(
     "'debug' waits for every op and names op and line when it fails",
 )
 config.declare(
-    "nan_check", False, choices=(False, True), doc="with eager='debug': raise NaNFound where an op turns finite inputs into NaN"
+    "nan_check",
+    False,
+    choices=(False, True),
+    doc="with eager='debug': raise NaNFound where an op turns finite inputs into NaN",
 )
 config.declare(
-    "fallback", "error", choices=("error", "cpu"), doc="ops that no plugin lowers: 'error', or run them on CPU ('cpu'; slow)"
+    "fallback",
+    "error",
+    choices=("error", "cpu"),
+    doc="ops that no plugin lowers: 'error', or run them on CPU ('cpu'; slow)",
 )
 config.declare("compilation_cache", None, doc="folder of JAX's persistent compilation cache, or None")
 config.on_change("compilation_cache", _set_compilation_cache)

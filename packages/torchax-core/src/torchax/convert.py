@@ -59,7 +59,9 @@ def to_array(t: torch.Tensor, index: int) -> jax.Array:
     check_dense(t)
     dtype = dtypes.to_jax(t.dtype)
     t = t.detach().resolve_conj().resolve_neg()
-    host = np.array(t.view(_BITS[t.element_size()]).numpy()).view(dtype) if dtype.isbuiltin == 2 else np.array(t.numpy())
+    host = (
+        np.array(t.view(_BITS[t.element_size()]).numpy()).view(dtype) if dtype.isbuiltin == 2 else np.array(t.numpy())
+    )
     return on_device(host.reshape(tuple(t.shape)), index)
 
 
@@ -139,7 +141,9 @@ def host_array(value: Any, what: str) -> np.ndarray:
         return np.asarray(value)
     except RuntimeError as error:
         if "deleted" in str(error):
-            raise RuntimeError(f"{what}: the tensor's buffer was donated to a compiled function and is gone; use that function's result instead") from error
+            raise RuntimeError(
+                f"{what}: the tensor's buffer was donated to a compiled function and is gone; use that function's result instead"
+            ) from error
         raise
 
 
@@ -204,7 +208,9 @@ def restore(values: torch.Tensor, target: torch.device) -> torch.Tensor:
             whole = torch.empty(0, dtype=values.dtype).set_(cpu)  # type: ignore[call-overload]
         jax_device(index)
         geometry = dense_meta(tuple(whole.shape), whole.dtype, index)
-        storage = PendingStorage(lambda: to_array(whole, index), geometry)  # torch's old file format reads the bytes last
+        storage = PendingStorage(
+            lambda: to_array(whole, index), geometry
+        )  # torch's old file format reads the bytes last
         for key in [k for k, (ref, _) in _twins.items() if ref.expired()]:
             del _twins[key]
         _twins[cpu._cdata] = (StorageWeakRef(cpu), weakref.ref(storage))
@@ -212,7 +218,11 @@ def restore(values: torch.Tensor, target: torch.device) -> torch.Tensor:
     geometry = storage.geometry
     if values.storage_offset() == 0 and shape == geometry.shape and strides == geometry.strides:
         return make(storage, geometry)
-    return make(storage, meta_of(shape, strides, values.dtype, index), strided_view(geometry, shape, strides, values.storage_offset()))
+    return make(
+        storage,
+        meta_of(shape, strides, values.dtype, index),
+        strided_view(geometry, shape, strides, values.storage_offset()),
+    )
 
 
 def fit(value: Any, source: TensorMeta | None, target: TensorMeta) -> Any:
@@ -221,7 +231,12 @@ def fit(value: Any, source: TensorMeta | None, target: TensorMeta) -> Any:
     program = _fits.get(key) if source is not None else None
     if program is None:
         shape, dtype = target.shape, target.jax_dtype
-        program = Program(lambda v: cast(jnp.broadcast_to(v, shape), dtype), "aten::copy", target.wide or source is None or source.wide, target.index)
+        program = Program(
+            lambda v: cast(jnp.broadcast_to(v, shape), dtype),
+            "aten::copy",
+            target.wide or source is None or source.wide,
+            target.index,
+        )
         if source is not None:
             _fits[key] = program
     return state.executor.run(program, (value,))
@@ -255,7 +270,6 @@ def _to_int(x: Any, dtype: np.dtype) -> Any:
     x = x.astype(np.float32) if x.dtype.itemsize < 4 else x
     inside = (x >= float(info.min)) & (x < -float(info.min))
     return jnp.where(inside, x, 0).astype(dtype) + jnp.where(inside, 0, info.min).astype(dtype)
-
 
 
 __all__ = ["from_dlpack", "j2t", "t2j"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -11,9 +12,9 @@ import torch
 from . import convert, random
 
 __all__ = [
-    "amp", "current_device", "device", "device_count", "empty_cache", "get_amp_supported_dtype", "get_rng_state", "initial_seed", "is_available",
+    "amp", "current_device", "device", "device_count", "empty_cache", "get_amp_supported_dtype", "get_rng_state", "get_rng_state_all", "initial_seed", "is_available",
     "is_initialized", "manual_seed", "manual_seed_all", "max_memory_allocated", "mem_get_info", "memory_allocated", "memory_stats",
-    "seed", "set_device", "set_rng_state", "synchronize",
+    "seed", "seed_all", "set_device", "set_rng_state", "set_rng_state_all", "synchronize",
 ]  # fmt: skip
 
 
@@ -129,13 +130,20 @@ def manual_seed(seed: int) -> None:
 def manual_seed_all(seed: int) -> None:
     """Seed the random numbers of every device (`torch.manual_seed` calls this)."""
     for index in {0, *random._defaults}:
-        random.manual_seed(index, seed + index)
+        random.manual_seed(index, int(seed) + index)
 
 
 def seed() -> int:
     """Seed the current device with a random number, and return it."""
     value = int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu"))
     manual_seed(value)
+    return value
+
+
+def seed_all() -> int:
+    """Seed every device with a random number, and return it."""
+    value = seed()
+    manual_seed_all(value)
     return value
 
 
@@ -152,6 +160,17 @@ def get_rng_state(device: Any = "jax") -> torch.Tensor:
 def set_rng_state(new_state: torch.Tensor, device: Any = "jax") -> None:
     """Restore what `get_rng_state` gave."""
     random.set_state(random.default(_index(device)), new_state)
+
+
+def get_rng_state_all() -> list[torch.Tensor]:
+    """The RNG state of every device."""
+    return [get_rng_state(index) for index in range(device_count())]
+
+
+def set_rng_state_all(new_states: Iterable[torch.Tensor]) -> None:
+    """Restore what `get_rng_state_all` gave."""
+    for index, state in enumerate(new_states):
+        set_rng_state(state, index)
 
 
 def get_amp_supported_dtype() -> list[torch.dtype]:

@@ -43,7 +43,9 @@ class Environment:
         """A fresh PRNG key from the state of device ``jax``."""
         return _random.default(0).next_key()
 
-    get_and_rotate_prng_key = functools.partialmethod(lambda self, generator=None: _random.source(generator, 0).next_key())
+    get_and_rotate_prng_key = functools.partialmethod(
+        lambda self, generator=None: _random.source(generator, 0).next_key()
+    )
 
     def j2t_iso(self, tree: Any) -> Any:
         """Every `jax.Array` of a nest as a tensor."""
@@ -67,7 +69,14 @@ class Environment:
         """Lower `op` by `fn` from now on, before every plugin."""
         if isinstance(op, torch._ops.OpOverloadPacket):
             op = op.default if "default" in op.overloads() else getattr(op, op.overloads()[0])
-        REGISTRY.add(Lowering(op=op_name(op), fn=fn, provider=f"override {len(REGISTRY.lowerings(op))}", priority=1000 + len(REGISTRY.lowerings(op))))
+        REGISTRY.add(
+            Lowering(
+                op=op_name(op),
+                fn=fn,
+                provider=f"override {len(REGISTRY.lowerings(op))}",
+                priority=1000 + len(REGISTRY.lowerings(op)),
+            )
+        )
 
 
 _environment = Environment()

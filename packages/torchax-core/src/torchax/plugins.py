@@ -50,7 +50,9 @@ def status() -> list[PluginStatus]:
 
 def load_entry_points() -> None:
     """Load all installed plugins except those named in ``TORCHAX_PLUGINS=-name,-other``. Never raises for a plugin's fault."""
-    off = {part[1:].strip() for part in os.environ.get("TORCHAX_PLUGINS", "").split(",") if part.strip().startswith("-")}
+    off = {
+        part[1:].strip() for part in os.environ.get("TORCHAX_PLUGINS", "").split(",") if part.strip().startswith("-")
+    }
     for entry_point in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name):
         if entry_point.name in _found:
             continue
@@ -126,12 +128,14 @@ def _load(record: PluginStatus, plugin: Any, strict: bool = False) -> None:
         _manager.register(plugin, name=name)
         _objects[name] = plugin
         others = [p for p in _manager.get_plugins() if p is not plugin]
-        calling = lambda hook_name, **kw: _manager.subset_hook_caller(hook_name, others)(**kw)  # noqa: E731
+        calling = lambda hook_name, **kw: _manager.subset_hook_caller(hook_name, others)(**kw)
         infos = calling("torchax_plugin_info")
         record.info = infos[0] if infos else {}
         major = str(record.info.get("api", API_VERSION)).split(".")[0]
         if major != API_VERSION.split(".")[0]:
-            raise PluginError(f"it was written for core API {record.info.get('api')}, this is {API_VERSION}; upgrade the plugin")
+            raise PluginError(
+                f"it was written for core API {record.info.get('api')}, this is {API_VERSION}; upgrade the plugin"
+            )
         calling("torchax_configure", config=config)
         with REGISTRY.providing(name):
             calling("torchax_register_ops", registry=REGISTRY)

@@ -6,6 +6,7 @@ counter)`` and leaves the counter one higher; inside compiled code the state is 
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import jax
@@ -63,9 +64,12 @@ class Generator(torch.Generator):
     def __new__(cls, device: Any = "jax") -> Generator:
         device = torch.device(device)
         if device.type != "jax":
-            raise RuntimeError(f"torchax.Generator makes generators for device 'jax'; got {str(device)!r}: use torch.Generator for that")
+            raise RuntimeError(
+                f"torchax.Generator makes generators for device 'jax'; got {str(device)!r}: use torch.Generator for that"
+            )
         self = super().__new__(cls, device="cpu")
         self._source, self._index = KeySource(torch.initial_seed()), device.index or 0
+        _generators[self._cdata] = self  # type: ignore[attr-defined]
         return self
 
     def __init__(self, device: Any = "jax"):
@@ -94,10 +98,23 @@ class Generator(torch.Generator):
         set_state(self._source, new_state)
         return self
 
+    def __deepcopy__(self, memo: Any) -> Generator:
+        return self.clone_state()
+
+    def __reduce__(self) -> Any:
+        return _restored, (str(self.device), self.get_state())
+
     def clone_state(self) -> Generator:
         return Generator(self.device).set_state(self.get_state())
 
 
+def _restored(device: str, state: torch.Tensor) -> Generator:
+    return Generator(device).set_state(state)
+
+
+_generators: weakref.WeakValueDictionary[int, Generator] = (
+    weakref.WeakValueDictionary()
+)  # by C++ object: ops get a wrapper of it
 _defaults: dict[int, KeySource] = {}
 
 
@@ -113,8 +130,9 @@ def source(generator: torch.Generator | None, index: int) -> KeySource:
     """The keys of a generator; a CPU generator gives a new seed at every call."""
     if generator is None:
         return default(index)
-    if isinstance(generator, Generator):
-        return generator._source
+    ours = _generators.get(generator._cdata)  # type: ignore[attr-defined]
+    if ours is not None:
+        return ours._source
     return KeySource(int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu", generator=generator)))
 
 
@@ -142,7 +160,14 @@ def set_state(source: KeySource, new_state: torch.Tensor) -> None:
         RuntimeError: not a state of device ``jax``.
     """
     if not isinstance(new_state, torch.Tensor) or new_state.dtype != torch.uint8 or new_state.device.type != "cpu":
-        raise TypeError("expected a torch.ByteTensor on CPU, as get_rng_state gives it; got " + (f"{new_state.dtype} on {new_state.device}" if isinstance(new_state, torch.Tensor) else type(new_state).__name__))
+        raise TypeError(
+            "expected a torch.ByteTensor on CPU, as get_rng_state gives it; got "
+            + (
+                f"{new_state.dtype} on {new_state.device}"
+                if isinstance(new_state, torch.Tensor)
+                else type(new_state).__name__
+            )
+        )
     if new_state.numel() != 12:
         raise RuntimeError(f"RNG state of device 'jax' has 12 bytes; got {new_state.numel()} (of another device?)")
     source.store(new_state.numpy().view(np.uint32).copy())

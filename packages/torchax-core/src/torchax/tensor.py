@@ -158,6 +158,20 @@ class Tensor(torch.Tensor):
                     kwargs["device"] = device
         return torch.Tensor.to(self, *args, **kwargs)
 
+    def set_(self, source: Any = None, storage_offset: int = 0, size: Any = None, stride: Any = None) -> Tensor:
+        if not isinstance(source, StorageView):
+            given = (
+                (source, *((storage_offset, size, stride or ()) if size is not None else ()))
+                if source is not None
+                else ()
+            )
+            return torch.Tensor.set_(self, *given)
+        from ._loading import tensor_on_storage
+
+        become(self, tensor_on_storage(self, source, storage_offset, size, stride))
+        torch.autograd.graph.increment_version(self)
+        return self
+
     def cpu(self, memory_format: Any = torch.preserve_format) -> TorchTensor:
         return self.to(torch.device("cpu"), memory_format=memory_format)
 

@@ -74,7 +74,12 @@ class Entered(Traced):
     stop_gradients = True
 
     def load(self, storage: Storage) -> Any:
-        if _random._META is not None and storage.geometry is _random._META and storage.owner is None and storage not in self.captured:
+        if (
+            _random._META is not None
+            and storage.geometry is _random._META
+            and storage.owner is None
+            and storage not in self.captured
+        ):
             value = self._branch(storage)
             self.captured[storage] = value
             return value
@@ -94,7 +99,9 @@ class Entered(Traced):
         value = np.asarray(storage.value)
         storage.value = value + _NEXT_STREAM
         storage.version += 1
-        if isinstance(jnp.add(np.float32(0), np.float32(0)), jax.core.Tracer):  # under jit; grad and vmap alone run every time
+        if isinstance(
+            jnp.add(np.float32(0), np.float32(0)), jax.core.Tracer
+        ):  # under jit; grad and vmap alone run every time
             warnings.warn(
                 "random numbers are drawn in a function that JAX traces: every call of the compiled function gets the same "
                 f"ones{user_line()}. Use torchax.compile or torchax.interop.jax_jit, which thread the state through",

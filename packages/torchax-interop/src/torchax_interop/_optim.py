@@ -44,12 +44,18 @@ def _before(optimizer: Any, args: Any, kwargs: Any) -> None:
         if not any(type(p) is Tensor for p in group["params"]):
             continue
         if first:
-            recording.settings += [(group, k, v) for k, v in group.items() if k not in _HYPER and k != "params" and not isinstance(v, torch.Tensor)]
+            recording.settings += [
+                (group, k, v)
+                for k, v in group.items()
+                if k not in _HYPER and k != "params" and not isinstance(v, torch.Tensor)
+            ]
         for name in _HYPER:
-            if name in group and not (type(group[name]) is Tensor):
+            if name in group and type(group[name]) is not Tensor:
                 _swap(active, group, name, _number(recording, group, name))
         if "capturable" in group:
             _swap(active, group, "capturable", True)
+        if group.get("foreach") is False and not group.get("differentiable"):
+            _swap(active, group, "foreach", True)  # the loop takes lr as a Python number only; the numbers are the same
         _counters_to_device(recording, active, optimizer, group)
     active.compiling = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True

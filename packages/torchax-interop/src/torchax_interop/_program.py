@@ -108,7 +108,9 @@ class Swallowed(Exception):
         self.storages = storages
 
 
-def record(fn: Callable[..., Any], leaves: list[Any], spec: Spec, options: Options, known: list[Tensor]) -> tuple[Program, list[Any]]:
+def record(
+    fn: Callable[..., Any], leaves: list[Any], spec: Spec, options: Options, known: list[Tensor]
+) -> tuple[Program, list[Any]]:
     """Record a call, compile it and run it; gives the program and the results of this first run.
 
     Args:
@@ -129,7 +131,15 @@ def record(fn: Callable[..., Any], leaves: list[Any], spec: Spec, options: Optio
 class _Recorder:
     """Records one call."""
 
-    def __init__(self, fn: Callable[..., Any], leaves: list[Any], spec: Spec, options: Options, explicit: list[Storage], known: list[Tensor]):
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        leaves: list[Any],
+        spec: Spec,
+        options: Options,
+        explicit: list[Storage],
+        known: list[Tensor],
+    ):
         self.fn, self.leaves, self.spec, self.options, self.explicit = fn, leaves, spec, options, explicit
         self.groups = group_leaves(leaves)
         self.recording = Recording()
@@ -163,7 +173,8 @@ class _Recorder:
             undo()
         for module, _, buffers in recording.modules.values():
             for name, old in buffers.items():
-                if module._buffers.get(name) is not old:
+                new = module._buffers.get(name)
+                if type(new) is Tensor and new._s.owner is recording:
                     module._buffers[name] = old
         for t in recording.tensors.values():
             if id(t) not in self.grads and type(t.grad) is Tensor and t.grad._s.owner is recording:
@@ -247,10 +258,14 @@ class _Recorder:
                     module._buffers[name] = old
 
     def _shard(self, outs: list[Any], spec: Spec) -> list[Any]:
-        shardings = broadcast_prefix(self.options.out_shardings, spec, lambda s: s is None or isinstance(s, jax.sharding.Sharding))
+        shardings = broadcast_prefix(
+            self.options.out_shardings, spec, lambda s: s is None or isinstance(s, jax.sharding.Sharding)
+        )
         for i, sharding in enumerate(shardings):
             if sharding is not None and type(outs[i]) is Tensor:
-                outs[i] = wrap(jax.lax.with_sharding_constraint(self.recording.read(outs[i]), sharding), _dense(outs[i]._m))
+                outs[i] = wrap(
+                    jax.lax.with_sharding_constraint(self.recording.read(outs[i]), sharding), _dense(outs[i]._m)
+                )
         return outs
 
     def _differentiate(self, outs: list[Any], inner: list[Any]) -> list[Any]:
@@ -263,10 +278,14 @@ class _Recorder:
         captured = [t for t in self.recording.tensors.values() if t.requires_grad]
         if not chosen or not (given or captured):
             return []
-        storages = [Storage(concrete(np.zeros(outs[i]._m.shape, outs[i]._m.jax_dtype)), _dense(outs[i]._m)) for i in chosen]
+        storages = [
+            Storage(concrete(np.zeros(outs[i]._m.shape, outs[i]._m.jax_dtype)), _dense(outs[i]._m)) for i in chosen
+        ]
         cotangents = [make(s, s.geometry) for s in storages]
         try:
-            found = torch.autograd.grad([outs[i] for i in chosen], [*captured, *[inner[i] for i in given]], cotangents, allow_unused=True)
+            found = torch.autograd.grad(
+                [outs[i] for i in chosen], [*captured, *[inner[i] for i in given]], cotangents, allow_unused=True
+            )
         except RuntimeError as error:
             if "second time" in str(error):  # the function has called backward itself: its results are just values
                 return []
@@ -281,7 +300,7 @@ class _Recorder:
         recording = self.recording
         inner_groups = {id(s): k for k, s in enumerate(self.inner_storages) if s is not None}
         recipes: list[tuple[Any, ...]] = []
-        pending: list[tuple[int, Any, Any, Any]] = []  # recipe, storage, its payload, the tensor's value
+        pending: list[tuple[int, Any, Any]] = []  # recipe, the storage's payload, the tensor's value
         results: list[Any] = []
         for i, t in enumerate(outs):
             if isinstance(t, jax.Array):
@@ -298,13 +317,15 @@ class _Recorder:
                 recipes.append(("given", inner_groups[id(t._s)], t._m, t._v))
             elif t._s.owner is recording:
                 value = None if t._v is None else recording.read(t)
-                pending.append((i, weakref.ref(t._s), t._s.value, value))
+                pending.append((i, t._s.value, value))
                 recipes.append(("born", t._s.geometry, t._m, t._v))
             elif id(t) in recording.tensors and t._v is None:
                 recipes.append(("tensor", t))
             else:
                 recipes.append(("outside", t._s, t._m, t._v))
-        positions = {i: k for k, i in enumerate(i for i, r in enumerate(recipes) if r[0] in ("array", "differentiable"))}
+        positions = {
+            i: k for k, i in enumerate(i for i, r in enumerate(recipes) if r[0] in ("array", "differentiable"))
+        }
         self.differentiable_results = [positions[i] for i in self.differentiable]
         self.differentiable_metas = [_dense(outs[i]._m) for i in self.differentiable]
         t = None
@@ -316,17 +337,13 @@ class _Recorder:
         recording._views.clear()
         self.given_values = [None if s is None else s.value for s in self.inner_storages]
         survivors = self._survivors()
-        alive = {id(s): s for s in survivors}
         by_storage: dict[int, list[int]] = {}
-        for i, ref, payload, _ in pending:
+        for i, payload, _ in pending:
             by_storage.setdefault(id(payload), []).append(i)
         shared: dict[int, int] = {}
-        for i, ref, payload, value in pending:
+        for i, payload, value in pending:
             _, geometry, meta, view = recipes[i]
-            storage = ref()
-            if storage is not None and id(storage) in alive:
-                recipes[i] = ("outside", storage, meta, view)
-            elif len(by_storage[id(payload)]) > 1:
+            if len(by_storage[id(payload)]) > 1:
                 if id(payload) not in shared:
                     shared[id(payload)] = len(results)
                     results.append(payload)
@@ -365,10 +382,13 @@ class _Recorder:
         def alive() -> list[Storage]:
             return [s for ref in (*self.recording._born, *refs) if (s := ref()) is not None]
 
+        def has_strangers() -> bool:
+            return any(id(s) not in grads for s in alive())
+
+        for generation in (1, 2):  # what only garbage holds does not count
+            if has_strangers():
+                gc.collect(generation)
         found = alive()
-        if any(id(s) not in grads for s in found):
-            gc.collect(1)
-            found = alive()
         self.strangers = self.surprises + sum(id(s) not in grads for s in found)
         return found
 
@@ -413,14 +433,10 @@ class Program:
             for g in self.groups
             if g.kind in ("tensor", "storage")
             for i in g.members
-            if recorder.leaves[i]._s in recording.given_read and self._is_outside(recorder, recorder.leaves[i])
+            if recorder.leaves[i]._s in recording.given_read
         }
         self.tensor_leaves = [i for g in self.groups if g.kind in ("tensor", "storage") for i in g.members]
         self._build(recorder, closed)
-
-    @staticmethod
-    def _is_outside(recorder: _Recorder, leaf: Any) -> bool:
-        return any(t._s is leaf._s for t in recorder.recording.tensors.values())
 
     def _build(self, recorder: _Recorder, closed: Any) -> None:
         """Constants that are captured tensors become inputs; the rest is compiled in, or passed where it is large."""
@@ -452,7 +468,11 @@ class Program:
         donated = [i for i, s in enumerate(self.storages) if s in written] if recorder.options.donate_state else []
         first_argument = captured + n_constants
         donate = recorder.options.donate
-        donated += [first_argument + k for k, g in enumerate(self.groups) if g.kind != "cpu" and all(donate(i) for i in g.members)]
+        donated += [
+            first_argument + k
+            for k, g in enumerate(self.groups)
+            if g.kind != "cpu" and all(donate(i) for i in g.members)
+        ]
         jit = recorder.options.jit
         flat = _Flat(jaxpr, embedded)
         if not recorder.differentiable:
@@ -472,7 +492,9 @@ class Program:
         kept_embedded = [few[i - len(inputs)] for i in halves.kept_inputs if i >= len(inputs)]
         n_kept = len(self.kept)
         self._run = jax.jit(lambda *a: jax.core.eval_jaxpr(halves.forward, [], *a, *few), donate_argnums=donated, **jit)
-        self._backward = jax.jit(lambda *a: jax.core.eval_jaxpr(halves.backward, [], *a[:n_kept], *kept_embedded, *a[n_kept:]))
+        self._backward = jax.jit(
+            lambda *a: jax.core.eval_jaxpr(halves.backward, [], *a[:n_kept], *kept_embedded, *a[n_kept:])
+        )
 
     # ------------------------------------------------------------------ calls
     def execute(self, leaves: list[Any]) -> list[Any]:
@@ -571,16 +593,26 @@ class _Flat:
         self.jaxpr, self.embedded = jaxpr, embedded
 
     def without_constants(self) -> Any:
-        return self.jaxpr.replace(constvars=[], invars=[*self.jaxpr.constvars, *self.jaxpr.invars], debug_info=_no_names(self.jaxpr))
+        return self.jaxpr.replace(
+            constvars=[], invars=[*self.jaxpr.constvars, *self.jaxpr.invars], debug_info=_no_names(self.jaxpr)
+        )
 
     def function(self, inputs: list[Any], outvars: list[Any]) -> Callable[..., Any]:
         few = list(self.embedded.values())
-        jaxpr = self.jaxpr.replace(constvars=[], invars=[*inputs, *self.embedded], outvars=outvars, debug_info=_no_names(self.jaxpr))
+        jaxpr = self.jaxpr.replace(
+            constvars=[], invars=[*inputs, *self.embedded], outvars=outvars, debug_info=_no_names(self.jaxpr)
+        )
         return lambda *arrays: jax.core.eval_jaxpr(jaxpr, [], *arrays, *few)
 
 
 def _no_names(jaxpr: Any) -> Any:
     return jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+
+
+_ONCE = (
+    "a compiled function cannot be differentiated twice from outside; compute the second derivative inside of the compiled "
+    "function, or call the function that is not compiled"
+)
 
 
 class _Call:
@@ -605,22 +637,26 @@ class Differentiable(torch.autograd.Function):
         ctx.kept = [call.arrays[i] for i in program.kept] + list(outs[n:])
         call.outs, call.arrays = outs[:n], []
         ctx.metas = [r._m if type(r) is Tensor else r for r in roots]
-        return tuple([wrap(outs[i], meta) for i, meta in zip(program.differentiable_results, program.differentiable_metas, strict=True)])
+        return tuple(
+            [
+                wrap(outs[i], meta)
+                for i, meta in zip(program.differentiable_results, program.differentiable_metas, strict=True)
+            ]
+        )
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
         program = ctx.program
         given = [g.jax() for g, used in zip(grads, program.given_cotangents, strict=True) if used]
         with jax.enable_x64(True):
             found = program._backward(*ctx.kept, *given)
-        out: list[Any] = [None]
+        out: list[Any] = []
         for g, root in zip(found, ctx.metas, strict=True):
-            if type(root) is TensorMeta:
-                out.append(wrap(g, _dense(root)))
-            else:
-                out.append(convert.to_torch(np.asarray(g)))
-        return tuple(out)
+            out.append(wrap(g, _dense(root)) if type(root) is TensorMeta else convert.to_torch(np.asarray(g)))
+        if torch.is_grad_enabled():  # create_graph: the gradients are there, theirs are not
+            refuse = torch._C._functions.DelayedError(_ONCE, len(out))
+            out = list(refuse(*[g.requires_grad_() for g in out]))
+        return None, *out
 
 
 def assemble(program: Program, results: list[Any], objects: list[Any]) -> Any:

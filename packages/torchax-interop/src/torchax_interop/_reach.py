@@ -37,7 +37,11 @@ def _parts(x: Any) -> Any:
     if isinstance(x, types.FunctionType):
         cells = [c.cell_contents for c in x.__closure__ or () if _filled(c)]
         names = [x.__globals__[n] for n in x.__code__.co_names if n in x.__globals__]
-        return [*cells, *(v for v in names if not isinstance(v, (types.ModuleType, type))), *(x.__defaults__ or ())] if _users(x) else cells
+        return (
+            [*cells, *(v for v in names if not isinstance(v, (types.ModuleType, type))), *(x.__defaults__ or ())]
+            if _users(x)
+            else cells
+        )
     if isinstance(x, types.MethodType):
         return [x.__self__, x.__func__]
     if isinstance(x, functools.partial):
@@ -61,4 +65,13 @@ def _filled(cell: Any) -> bool:
 def _users(x: Any) -> bool:
     """Not a part of torch, JAX, numpy or Python itself."""
     module = getattr(x, "__module__", None) or type(x).__module__
-    return str(module).split(".")[0] not in {"torch", "jax", "jaxlib", "numpy", "builtins", "torchax", "functools", "types"}
+    return str(module).split(".")[0] not in {
+        "torch",
+        "jax",
+        "jaxlib",
+        "numpy",
+        "builtins",
+        "torchax",
+        "functools",
+        "types",
+    }

@@ -29,6 +29,7 @@ class Recording(Traced):
 
     Attributes:
         given: storages of arguments -> the storages that stand for them inside.
+        given_read: those of them that the function also reached by itself.
         tensors: tensors from outside that were read (by id).
         modules: modules that were called, with their training flags and buffers at that time (by id).
         settings: settings of optimizers that the program depends on: (dict, name, value).
@@ -112,7 +113,11 @@ def noting_modules(recording: Recording) -> Iterator[None]:
 
     def note(module: torch.nn.Module, args: Any) -> None:
         if id(module) not in recording.modules and _current() is recording:
-            recording.modules[id(module)] = (module, module.training, dict(module._buffers))
+            recording.modules[id(module)] = (
+                module,
+                module.training,
+                {k: b for k, b in module._buffers.items() if type(b) is Tensor and b._s.owner is None},
+            )
 
     handle = register_module_forward_pre_hook(note)
     try:

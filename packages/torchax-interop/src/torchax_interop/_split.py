@@ -10,7 +10,21 @@ import jax
 from jax.extend import core
 
 # computed again in the backward rather than kept: they cost less than the memory
-_CHEAP = frozenset({"broadcast_in_dim", "convert_element_type", "expand_dims", "iota", "neg", "reshape", "squeeze", "transpose", "copy", "not", "stop_gradient"})
+_CHEAP = frozenset(
+    {
+        "broadcast_in_dim",
+        "convert_element_type",
+        "expand_dims",
+        "iota",
+        "neg",
+        "reshape",
+        "squeeze",
+        "transpose",
+        "copy",
+        "not",
+        "stop_gradient",
+    }
+)
 
 
 @dataclasses.dataclass
@@ -28,7 +42,9 @@ class Halves:
     kept_inputs: list[int]
 
 
-def split(jaxpr: Any, inputs: Sequence[Any], cotangents: Sequence[Any], n_results: int, overwritten: set[Any]) -> Halves:
+def split(
+    jaxpr: Any, inputs: Sequence[Any], cotangents: Sequence[Any], n_results: int, overwritten: set[Any]
+) -> Halves:
     """Split `jaxpr`, whose last outputs are gradients.
 
     Args:
@@ -67,7 +83,12 @@ def split(jaxpr: Any, inputs: Sequence[Any], cotangents: Sequence[Any], n_result
     assert needed <= given | set(from_inputs) | set(from_forward)
     info = jaxpr.debug_info
     forward = _jaxpr(list(inputs), [*results, *from_forward], [e for e in jaxpr.eqns if id(e) in forward_ids], info)
-    backward = _jaxpr([*from_inputs, *from_forward, *cotangents], list(gradients), [e for e in jaxpr.eqns if id(e) in backward_ids], info)
+    backward = _jaxpr(
+        [*from_inputs, *from_forward, *cotangents],
+        list(gradients),
+        [e for e in jaxpr.eqns if id(e) in backward_ids],
+        info,
+    )
     position = {v: i for i, v in enumerate(inputs)}
     return Halves(forward, backward, [position[v] for v in from_inputs])
 
@@ -87,7 +108,9 @@ def swallowed(jaxpr: Any, wanted: set[int]) -> set[int]:
     stack = [jaxpr]
     while stack:
         for e in stack.pop().eqns:
-            for value in jax.tree.leaves(list(e.params.values()), is_leaf=lambda v: isinstance(v, (core.ClosedJaxpr, core.Jaxpr))):
+            for value in jax.tree.leaves(
+                list(e.params.values()), is_leaf=lambda v: isinstance(v, (core.ClosedJaxpr, core.Jaxpr))
+            ):
                 if isinstance(value, core.ClosedJaxpr):
                     found.update(id(c) for c in value.consts if id(c) in wanted)
                     stack.append(value.jaxpr)

@@ -154,7 +154,8 @@ def is_object(kind: type) -> bool:
 
 
 _CACHES = frozenset(
-    f"transformers.cache_utils.{name}" for name in ("Cache", "CacheLayerMixin", "LinearAttentionCacheLayerMixin", "DummyLayer")
+    f"transformers.cache_utils.{name}"
+    for name in ("Cache", "CacheLayerMixin", "LinearAttentionCacheLayerMixin", "DummyLayer")
 )
 
 

@@ -206,7 +206,11 @@ def _torch_backward(fn: Callable[..., Any], args: Any, cotangents: Any) -> Any:
     given: list[Any] = []
     flatten(cotangents, given)
     pairs = [(o, g) for o, g in zip(outs, given, strict=True) if isinstance(o, torch.Tensor) and o.requires_grad]
-    found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True) if pairs else [None] * len(wanted)
+    found = (
+        torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+        if pairs
+        else [None] * len(wanted)
+    )
     grads = iter(found)
     result = []
     for x in inputs:
@@ -218,7 +222,9 @@ def _torch_backward(fn: Callable[..., Any], args: Any, cotangents: Any) -> Any:
     return unflatten(spec, iter(result))
 
 
-def jax_value_and_grad(fn: Callable[..., Any], kwargs_for_value_and_grad: dict[str, Any] | None = None, **options: Any) -> Callable[..., Any]:
+def jax_value_and_grad(
+    fn: Callable[..., Any], kwargs_for_value_and_grad: dict[str, Any] | None = None, **options: Any
+) -> Callable[..., Any]:
     """`jax.value_and_grad` of a torch function: tensors in, value and gradients (tensors in the nest of the argument) out.
 
     Args:
@@ -226,7 +232,9 @@ def jax_value_and_grad(fn: Callable[..., Any], kwargs_for_value_and_grad: dict[s
         kwargs_for_value_and_grad: ``argnums``, ``has_aux``, ... as for `jax.value_and_grad`; also as keywords.
         options: see there.
     """
-    transformed = jax.value_and_grad(functools.partial(_entered, fn), **{**(kwargs_for_value_and_grad or {}), **options})
+    transformed = jax.value_and_grad(
+        functools.partial(_entered, fn), **{**(kwargs_for_value_and_grad or {}), **options}
+    )
 
     def call(*args: Any, **kwargs: Any) -> Any:
         leaves: list[Any] = []
@@ -242,7 +250,9 @@ def _entered(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return enter(fn, args, kwargs)
 
 
-def gradient_checkpoint(fn: Callable[..., Any], kwargs: dict[str, Any] | None = None, **options: Any) -> Callable[..., Any]:
+def gradient_checkpoint(
+    fn: Callable[..., Any], kwargs: dict[str, Any] | None = None, **options: Any
+) -> Callable[..., Any]:
     """`jax.checkpoint` of a torch function or module: what it computes is not kept for the backward but computed again.
 
     Under JAX's differentiation (inside `jax_view`) it is `jax.checkpoint`, with its options. Under torch's autograd,

@@ -106,11 +106,15 @@ def _load_file(source: pathlib.Path) -> dict[str, Any]:
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"the checkpoint {source} cannot be read: it is damaged or not a checkpoint ({type(error).__name__}: {error})") from error
+        raise CheckpointError(
+            f"the checkpoint {source} cannot be read: it is damaged or not a checkpoint ({type(error).__name__}: {error})"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:  # a plain torch.save of tensors
         return {"tree": _describe(content, tensors := [], "state"), "tensors": tensors}
     if content.get("version", 0) > _VERSION:
-        raise CheckpointError(f"the checkpoint {source} was written by a later torchax (format {content['version']}, this one reads {_VERSION})")
+        raise CheckpointError(
+            f"the checkpoint {source} was written by a later torchax (format {content['version']}, this one reads {_VERSION})"
+        )
     return content
 
 
@@ -119,7 +123,9 @@ def _save_folder(target: pathlib.Path, tree: Any, tensors: list[torch.Tensor]) -
 
     arrays = {str(i): np.asarray(convert.t2j(t)) for i, t in enumerate(tensors)}
     description = {"format": _FORMAT, "version": _VERSION, "tree": tree}
-    items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays or {"none": np.zeros(1)}), tree=ocp.args.JsonSave(description))
+    items = ocp.args.Composite(
+        arrays=ocp.args.StandardSave(arrays or {"none": np.zeros(1)}), tree=ocp.args.JsonSave(description)
+    )
     with jax.enable_x64(True), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(target.absolute(), args=items, force=True)
 
@@ -131,10 +137,16 @@ def _load_folder(source: pathlib.Path) -> dict[str, Any]:
         with jax.enable_x64(True), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             items = ocp.args.Composite(arrays=ocp.args.StandardRestore(), tree=ocp.args.JsonRestore())
             found = checkpointer.restore(source.absolute(), args=items)
-        tensors = [convert.to_torch(np.asarray(found.arrays[str(i)])) for i in range(len(found.arrays)) if str(i) in found.arrays]
+        tensors = [
+            convert.to_torch(np.asarray(found.arrays[str(i)]))
+            for i in range(len(found.arrays))
+            if str(i) in found.arrays
+        ]
         return {"tree": found.tree["tree"], "tensors": tensors}
     except Exception as error:
-        raise CheckpointError(f"the checkpoint {source} cannot be read: it is damaged or not a checkpoint ({type(error).__name__}: {error})") from error
+        raise CheckpointError(
+            f"the checkpoint {source} cannot be read: it is damaged or not a checkpoint ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _at_step(path: pathlib.Path, step: int | None) -> pathlib.Path:
@@ -180,9 +192,17 @@ def _describe(x: Any, tensors: list[torch.Tensor], where: str) -> Any:
     if isinstance(x, tuple) and hasattr(x, "_fields"):
         kind = type(x)
         items = [_describe(v, tensors, f"{where}.{name}") for name, v in zip(x._fields, x, strict=True)]
-        return {"kind": "namedtuple", "type": f"{kind.__module__}:{kind.__qualname__}", "fields": list(x._fields), "items": items}
+        return {
+            "kind": "namedtuple",
+            "type": f"{kind.__module__}:{kind.__qualname__}",
+            "fields": list(x._fields),
+            "items": items,
+        }
     if isinstance(x, (list, tuple)):
-        return {"kind": "list" if isinstance(x, list) else "tuple", "items": [_describe(v, tensors, f"{where}[{i}]") for i, v in enumerate(x)]}
+        return {
+            "kind": "list" if isinstance(x, list) else "tuple",
+            "items": [_describe(v, tensors, f"{where}[{i}]") for i, v in enumerate(x)],
+        }
     raise CheckpointError(
         f"{where} is a {type(x).__module__}.{type(x).__qualname__}, which a checkpoint cannot hold; save nests of tensors, arrays, "
         "numbers and strings (for a module its state_dict())"
@@ -257,8 +277,13 @@ def _fit(state: Any, target: Any, source: str) -> Any:
         raise CheckpointError(f"the checkpoint {source} holds {len(have)} values where the target has {len(want)}")
     for w, h in zip(want, have, strict=True):
         if hasattr(w, "shape") and tuple(getattr(h, "shape", ())) != tuple(w.shape):
-            raise CheckpointError(f"the checkpoint {source} holds a value of shape {tuple(getattr(h, 'shape', ()))} where the target has {tuple(w.shape)}")
-    placed = [h.to(w.device) if isinstance(w, Tensor) and isinstance(h, torch.Tensor) and h.device != w.device else h for w, h in zip(want, have, strict=True)]
+            raise CheckpointError(
+                f"the checkpoint {source} holds a value of shape {tuple(getattr(h, 'shape', ()))} where the target has {tuple(w.shape)}"
+            )
+    placed = [
+        h.to(w.device) if isinstance(w, Tensor) and isinstance(h, torch.Tensor) and h.device != w.device else h
+        for w, h in zip(want, have, strict=True)
+    ]
     return unflatten(spec, iter(placed))
 
 

@@ -61,7 +61,9 @@ class Compiled:
                         self._hits += 1
                         return assemble(program, program.execute(leaves), objects)
             self._misses += 1
-            program, results = record(self.fn, leaves, spec, self._jit.options(args, kwargs, spec), list(self._known.values()))
+            program, results = record(
+                self.fn, leaves, spec, self._jit.options(args, kwargs, spec), list(self._known.values())
+            )
             self._known.update((id(t), t) for t in program.tensors)
             self._keep(key, program)
             return assemble(program, results, objects)
@@ -159,7 +161,9 @@ class _JitOptions:
         self.out_shardings = options.pop("out_shardings", None)
         known = {"keep_unused", "device", "backend", "inline", "compiler_options"}
         if unknown := set(options) - known:
-            raise TypeError(f"unknown option(s) {', '.join(sorted(unknown))}; jax.jit's options and donate_state are taken")
+            raise TypeError(
+                f"unknown option(s) {', '.join(sorted(unknown))}; jax.jit's options and donate_state are taken"
+            )
         self.rest = options
 
     def options(self, args: tuple[Any, ...], kwargs: dict[str, Any], spec: Any) -> Options:
@@ -167,12 +171,14 @@ class _JitOptions:
         donated = self._leaves_of(args, kwargs, spec, numbers, names) if numbers or names else frozenset()
         shardings = None
         if self.in_shardings is not None:
-            is_leaf = lambda s: s is None or isinstance(s, jax.sharding.Sharding)  # noqa: E731
+            is_leaf = lambda s: s is None or isinstance(s, jax.sharding.Sharding)
             shardings = broadcast_prefix(self.in_shardings, spec[1][0], is_leaf) + [None] * len(flat_leaves(kwargs))
         return Options(self.donate_state, donated.__contains__, shardings, self.out_shardings, self.rest)
 
     @staticmethod
-    def _leaves_of(args: tuple[Any, ...], kwargs: dict[str, Any], spec: Any, numbers: Any, names: Any) -> frozenset[int]:
+    def _leaves_of(
+        args: tuple[Any, ...], kwargs: dict[str, Any], spec: Any, numbers: Any, names: Any
+    ) -> frozenset[int]:
         found, position = set(), 0
         for name, x in [*enumerate(args), *kwargs.items()]:
             n = len(flat_leaves(x))
@@ -255,7 +261,11 @@ def _compile_module(module: torch.nn.Module, options: dict[str, Any]) -> torch.n
         cache_info = staticmethod(compiled.cache_info)
         cache_clear = staticmethod(compiled.cache_clear)
 
-    CompiledModule.__name__, CompiledModule.__qualname__, CompiledModule.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    CompiledModule.__name__, CompiledModule.__qualname__, CompiledModule.__module__ = (
+        kind.__name__,
+        kind.__qualname__,
+        kind.__module__,
+    )
     CompiledModule.__doc__ = kind.__doc__
     twin = object.__new__(CompiledModule)
     object.__setattr__(twin, "__dict__", module.__dict__)  # one and the same: parameters, training flag, hooks

@@ -14,7 +14,9 @@ from .compile import Compiled
 States = dict[str, torch.Tensor]
 
 
-def jax_jit(fn: Callable[..., Any] | None = None, kwargs_for_jax_jit: dict[str, Any] | None = None, **options: Any) -> Any:
+def jax_jit(
+    fn: Callable[..., Any] | None = None, kwargs_for_jax_jit: dict[str, Any] | None = None, **options: Any
+) -> Any:
     """`jax.jit` of a function over nests of tensors.
 
     It is `torchax.compile` with `jax.jit`'s options: tensors that the function writes or draws from without being given
@@ -77,7 +79,9 @@ class _Method(torch.nn.Module):
         return self.method(self.module, *args, **kwargs)
 
 
-def call_with(module: torch.nn.Module, method: Any, states: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_with(
+    module: torch.nn.Module, method: Any, states: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Call a module, or a method of it, with other parameters and buffers (by name; what is not named stays).
 
     Args:
@@ -89,7 +93,9 @@ def call_with(module: torch.nn.Module, method: Any, states: dict[str, Any], args
     """
     if method is None or method == "forward":
         return torch.func.functional_call(module, states, args, kwargs)
-    return torch.func.functional_call(_Method(module, method), {f"module.{k}": v for k, v in states.items()}, args, kwargs)
+    return torch.func.functional_call(
+        _Method(module, method), {f"module.{k}": v for k, v in states.items()}, args, kwargs
+    )
 
 
 class JittableModule(torch.nn.Module):
@@ -107,7 +113,13 @@ class JittableModule(torch.nn.Module):
         super().__init__()
         params, buffers = extract_all_buffers(m)
         d = self.__dict__  # not registered twice: the module inside is the owner
-        d["_model"], d["params"], d["buffers"], d["_extra"], d["_jitted"] = m, params, buffers, dict(extra_jit_args or {}), {}
+        d["_model"], d["params"], d["buffers"], d["_extra"], d["_jitted"] = (
+            m,
+            params,
+            buffers,
+            dict(extra_jit_args or {}),
+            {},
+        )
         self.training = m.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -61,7 +61,9 @@ def call_torch(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return enter(fn, args, kwargs)
 
 
-def shard_map(fn: Callable[..., Any], *, mesh: Any = None, in_specs: Any = None, out_specs: Any, **options: Any) -> Callable[..., Any]:
+def shard_map(
+    fn: Callable[..., Any], *, mesh: Any = None, in_specs: Any = None, out_specs: Any, **options: Any
+) -> Callable[..., Any]:
     """`jax.shard_map` of a torch function: each device runs it on its part of the tensors.
 
     Args:
@@ -79,7 +81,11 @@ def shard_map(fn: Callable[..., Any], *, mesh: Any = None, in_specs: Any = None,
 
 
 def _is_function(x: Any) -> bool:
-    return callable(x) and not isinstance(x, (torch.Tensor, jax.Array)) and not (isinstance(x, type) and issubclass(x, Tensor))
+    return (
+        callable(x)
+        and not isinstance(x, (torch.Tensor, jax.Array))
+        and not (isinstance(x, type) and issubclass(x, Tensor))
+    )
 
 
 def _wrapped(x: Any, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -41,7 +41,9 @@ def _adaptive_avg_transpose(grad, x, output_size):
     if grad.size == 0 or x.size == 0:
         return jnp.zeros(x.shape, x.dtype)
     grad = wide(grad)
-    return jax.linear_transpose(lambda v: _adaptive_avg(v, output_size), jax.ShapeDtypeStruct(x.shape, grad.dtype))(grad)[0]
+    return jax.linear_transpose(lambda v: _adaptive_avg(v, output_size), jax.ShapeDtypeStruct(x.shape, grad.dtype))(
+        grad
+    )[0]
 
 
 @lowering(aten._adaptive_avg_pool2d.default)

@@ -14,7 +14,9 @@ def _scale(query, scale):
 def _repeat_heads(query, key, value):
     """Grouped-query attention: every head of key and value serves as many consecutive heads of the query."""
     return tuple(
-        t if t.shape[-3] == query.shape[-3] else jnp.repeat(t, query.shape[-3] // t.shape[-3], axis=-3, total_repeat_length=query.shape[-3])
+        t
+        if t.shape[-3] == query.shape[-3]
+        else jnp.repeat(t, query.shape[-3] // t.shape[-3], axis=-3, total_repeat_length=query.shape[-3])
         for t in (key, value)
     )
 
@@ -46,11 +48,15 @@ def _safe_softmax(scores):
 
 def _attend(query, key, value, attn_mask, is_causal, scale):
     probabilities, logsumexp = _safe_softmax(_scores(query, key, attn_mask, is_causal, scale))
-    out = jnp.einsum("...ls,...sv->...lv", probabilities.astype(value.dtype), value, preferred_element_type=probabilities.dtype)
+    out = jnp.einsum(
+        "...ls,...sv->...lv", probabilities.astype(value.dtype), value, preferred_element_type=probabilities.dtype
+    )
     return out.astype(query.dtype), probabilities, logsumexp
 
 
-def _without_dropout(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+def _without_dropout(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
+):
     return dropout_p == 0.0
 
 
@@ -89,7 +95,9 @@ def _sum_heads(grad, like):
 
 
 @lowering(aten.scaled_dot_product_attention.default, whole=True, when=_without_dropout)
-def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+def scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
+):
     """``softmax(query @ key.T * scale + mask) @ value``; rows that are masked everywhere give zeros."""
     key, value = _repeat_heads(query, key, value) if enable_gqa else (key, value)
     return _attend(query, key, value, attn_mask, is_causal, _scale(query, scale))[0]
@@ -103,8 +111,8 @@ def flash_attention_for_cpu(query, key, value, dropout_p=0.0, is_causal=False, *
 
 
 @lowering(aten._scaled_dot_product_flash_attention_for_cpu_backward.default)
-def flash_attention_for_cpu_backward(grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, *, attn_mask=None, scale=None):
+def flash_attention_for_cpu_backward(
+    grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, *, attn_mask=None, scale=None
+):
     """Gradients of query, key and value."""
     return _attention_gradients(grad_out, query, key, value, attn_mask, out, is_causal, _scale(query, scale))
-
-

@@ -99,7 +99,9 @@ def batch_norm_no_update(input, weight, bias, running_mean, running_var, momentu
 
 
 @lowering(aten.native_batch_norm_backward.default)
-def native_batch_norm_backward(grad_out, input, weight, running_mean, running_var, save_mean, save_invstd, train, eps, output_mask):
+def native_batch_norm_backward(
+    grad_out, input, weight, running_mean, running_var, save_mean, save_invstd, train, eps, output_mask
+):
     """Gradients of input, weight and bias."""
     grad, x = wide(grad_out), wide(input)
     mean = wide(save_mean if train else running_mean)
@@ -108,7 +110,11 @@ def native_batch_norm_backward(grad_out, input, weight, running_mean, running_va
     y = (x - mean) * rstd
     axes = _axes(x)
     # torch's meta kernel has tensors also where none is asked for
-    grad_input, grad_weight, grad_bias = jnp.zeros_like(x), jnp.zeros(x.shape[1], x.dtype), jnp.zeros(x.shape[1], x.dtype)
+    grad_input, grad_weight, grad_bias = (
+        jnp.zeros_like(x),
+        jnp.zeros(x.shape[1], x.dtype),
+        jnp.zeros(x.shape[1], x.dtype),
+    )
     if output_mask[0]:
         scaled = grad if weight is None else grad * _per_channel(wide(weight), x)
         grad_input = (normalized_gradient(scaled, y, rstd, axes) if train else scaled * rstd).astype(input.dtype)
@@ -120,7 +126,9 @@ def native_batch_norm_backward(grad_out, input, weight, running_mean, running_va
 
 
 @lowering(aten.batch_norm_backward.default)
-def batch_norm_backward(grad_out, input, weight, running_mean, running_var, save_mean, save_var, update, eps, output_mask, reserve):
+def batch_norm_backward(
+    grad_out, input, weight, running_mean, running_var, save_mean, save_var, update, eps, output_mask, reserve
+):
     """Gradients of `batch_norm_with_update`."""
     return native_batch_norm_backward(
         grad_out, input, weight, running_mean, running_var, save_mean, save_var, update, eps, output_mask

@@ -18,7 +18,10 @@ def _ints(values: Sequence[int], rank: int) -> tuple[int, ...]:
 def _correlate(x, w, stride, padding, dilation, groups: int):
     """Cross-correlation of ``[N, C, *spatial]`` with ``[O, C / groups, *kernel]``."""
     if jnp.iscomplexobj(x) or jnp.iscomplexobj(w):
-        re, im = _correlate(x.real, w.real, stride, padding, dilation, groups), _correlate(x.imag, w.imag, stride, padding, dilation, groups)
+        re, im = (
+            _correlate(x.real, w.real, stride, padding, dilation, groups),
+            _correlate(x.imag, w.imag, stride, padding, dilation, groups),
+        )
         mixed = _correlate(x.real + x.imag, w.real + w.imag, stride, padding, dilation, groups)
         return lax.complex(re - im, mixed - re - im)
     spatial = "DHWXYZ"[: x.ndim - 2]
@@ -66,7 +69,9 @@ def _adjoint_kernel(y, x, shape, stride, padding, dilation, groups: int):
 def _transpose(forward, y, shape):
     if jnp.issubdtype(y.dtype, jnp.floating):
         dtype = jnp.float32 if y.dtype == jnp.float16 else y.dtype
-        (x,) = jax.linear_transpose(forward, jax.ShapeDtypeStruct(shape, y.dtype))(y.astype(dtype) if dtype != y.dtype else y)
+        (x,) = jax.linear_transpose(forward, jax.ShapeDtypeStruct(shape, y.dtype))(
+            y.astype(dtype) if dtype != y.dtype else y
+        )
         return x
     if jnp.issubdtype(y.dtype, jnp.complexfloating):
         return jax.linear_transpose(forward, jax.ShapeDtypeStruct(shape, y.dtype))(y)[0]
@@ -117,7 +122,21 @@ def _dilated(x, w, stride, padding, dilation, output_padding, groups: int):
 
 
 @lowering(aten._convolution.default)
-def _convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups, benchmark, deterministic, cudnn_enabled, allow_tf32):
+def _convolution(
+    input,
+    weight,
+    bias,
+    stride,
+    padding,
+    dilation,
+    transposed,
+    output_padding,
+    groups,
+    benchmark,
+    deterministic,
+    cudnn_enabled,
+    allow_tf32,
+):
     """`convolution`; the switches choose among torch's backends."""
     return convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
 
@@ -129,7 +148,9 @@ def convolution_overrideable(input, weight, bias, stride, padding, dilation, tra
 
 
 @lowering(aten.convolution_backward.default)
-def convolution_backward(grad_output, input, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, output_mask):
+def convolution_backward(
+    grad_output, input, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, output_mask
+):
     """Gradients of `convolution` with respect to input, weight and bias."""
     rank = input.ndim - 2
     stride, padding, dilation = (_ints(v, rank) for v in (stride, padding, dilation))
@@ -160,9 +181,13 @@ def convolution_backward(grad_output, input, weight, bias_sizes, stride, padding
 
 
 @lowering(aten.convolution_backward_overrideable.default)
-def convolution_backward_overrideable(grad_output, input, weight, stride, padding, dilation, transposed, output_padding, groups, output_mask):
+def convolution_backward_overrideable(
+    grad_output, input, weight, stride, padding, dilation, transposed, output_padding, groups, output_mask
+):
     """`convolution_backward`, as devices outside of torch are asked for it."""
-    return convolution_backward(grad_output, input, weight, None, stride, padding, dilation, transposed, output_padding, groups, output_mask)
+    return convolution_backward(
+        grad_output, input, weight, None, stride, padding, dilation, transposed, output_padding, groups, output_mask
+    )
 
 
 @lowering(aten.conv_tbc.default)

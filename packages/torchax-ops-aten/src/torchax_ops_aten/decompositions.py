@@ -22,7 +22,9 @@ def linalg_svd(A, full_matrices=False, compute_uv=True, *, driver=None):
         if not compute_uv:
             return jnp.zeros((0,), A.dtype), s, jnp.zeros((0,), A.dtype)
         wide, tall = (columns, rows) if full_matrices else (size, size)
-        u, vh = (jnp.broadcast_to(jnp.eye(m, n, dtype=A.dtype), (*batch, m, n)) for m, n in ((rows, tall), (wide, columns)))
+        u, vh = (
+            jnp.broadcast_to(jnp.eye(m, n, dtype=A.dtype), (*batch, m, n)) for m, n in ((rows, tall), (wide, columns))
+        )
         return u, s, vh
     if not compute_uv:
         return jnp.zeros((0,), A.dtype), lax.linalg.svd(A, compute_uv=False), jnp.zeros((0,), A.dtype)
@@ -117,7 +119,9 @@ def linalg_householder_product(input, tau):
 def ormqr(self, input2, input3, left=True, transpose=False):
     """Multiply `input3` by the product of the reflectors in `self`."""
     rows, columns = self.shape[-2:]
-    square = jnp.zeros((*self.shape[:-2], rows, rows), self.dtype).at[..., :, : min(rows, columns)].set(self[..., :, :rows])
+    square = (
+        jnp.zeros((*self.shape[:-2], rows, rows), self.dtype).at[..., :, : min(rows, columns)].set(self[..., :, :rows])
+    )
     q = linalg_householder_product(square, input2) if square.size else square
     q = mH(q) if transpose else q
     return q @ input3 if left else input3 @ q

@@ -55,7 +55,11 @@ def fft_r2c(self, dim, normalization, onesided):
         shape = [n // 2 + 1 if onesided and i == last else s for i, s in enumerate(self.shape)]
         return jnp.zeros(shape, jnp.result_type(self.dtype, jnp.complex64))
     if not onesided:
-        return _normalized(_complex(self.astype(jnp.result_type(self.dtype, jnp.complex64)), dim, True), _size(self, dim), normalization)
+        return _normalized(
+            _complex(self.astype(jnp.result_type(self.dtype, jnp.complex64)), dim, True),
+            _size(self, dim),
+            normalization,
+        )
     out = _complex(_over(self, [last], lax.FftType.RFFT, [n]), dim[:-1], True)
     return _normalized(out, _size(self, dim), normalization)
 

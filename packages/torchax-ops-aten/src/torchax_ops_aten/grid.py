@@ -95,7 +95,10 @@ def _bicubic(image, raw, padding_mode, align_corners):
     weights = [_cubic_weights(x - x0) for x, x0 in zip(raw, low, strict=True)]
     total = None
     for i, j in itertools.product(range(4), repeat=2):
-        at = [_place(x0 + k - 1, n, padding_mode, align_corners) for x0, k, n in zip(low, (i, j), image.shape[2:], strict=True)]
+        at = [
+            _place(x0 + k - 1, n, padding_mode, align_corners)
+            for x0, k, n in zip(low, (i, j), image.shape[2:], strict=True)
+        ]
         value = _pick(image, at, padding_mode == _ZEROS) * (weights[0][i] * weights[1][j])[:, None]
         total = value if total is None else total + value
     return total

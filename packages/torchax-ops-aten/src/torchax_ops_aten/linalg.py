@@ -3,7 +3,6 @@
 `info` is LAPACK's: 0, or the order of the first leading minor (Cholesky) or pivot (LU) that fails.
 """
 
-
 import jax.numpy as jnp
 from jax import lax
 from torchax.ops import aten, lowering
@@ -44,7 +43,9 @@ def _failing_minor(a):
         pivot = a[..., k, k].real
         info = jnp.where((info == 0) & ~(pivot > 0), (k + 1).astype(jnp.int32), info)
         column = a[..., :, k]
-        return a - column[..., :, None] * column[..., None, :].conj() / jnp.where(pivot > 0, pivot, 1)[..., None, None], info
+        return a - column[..., :, None] * column[..., None, :].conj() / jnp.where(pivot > 0, pivot, 1)[
+            ..., None, None
+        ], info
 
     return lax.fori_loop(jnp.int32(0), jnp.int32(n), step, (a, jnp.zeros(a.shape[:-2], jnp.int32)))[1]
 
@@ -174,7 +175,9 @@ def _lu_solve(lu, pivots, b, left=True, adjoint=False):
     n = lu.shape[-1]
     permutation = jnp.broadcast_to(_permutation(pivots, n), (*lu.shape[:-2], n))
     if adjoint:
-        x = solve_triangular(lu, solve_triangular(lu, b, upper=True, adjoint=True), upper=False, unit=True, adjoint=True)
+        x = solve_triangular(
+            lu, solve_triangular(lu, b, upper=True, adjoint=True), upper=False, unit=True, adjoint=True
+        )
         return jnp.take_along_axis(x, jnp.argsort(permutation, axis=-1)[..., None], -2)
     b = jnp.take_along_axis(b, permutation[..., None], -2)
     return solve_triangular(lu, solve_triangular(lu, b, upper=False, unit=True), upper=True)
@@ -292,5 +295,3 @@ def linalg_det_whole(A):
 def linalg_slogdet_whole(A):
     """Sign and logarithm of the determinant; whole for the reason of `linalg_det_whole`."""
     return _slogdet(A)[:2]
-
-

@@ -37,7 +37,10 @@ def _low(dtype):
 
 def _window_pads(spatial, out, kernel, stride, padding, dilation):
     """What to add (or, negative, to crop) behind each dimension so that exactly `out` windows fit."""
-    return [(o - 1) * s + d * (k - 1) + 1 - p - n for n, o, k, s, p, d in zip(spatial, out, kernel, stride, padding, dilation, strict=True)]
+    return [
+        (o - 1) * s + d * (k - 1) + 1 - p - n
+        for n, o, k, s, p, d in zip(spatial, out, kernel, stride, padding, dilation, strict=True)
+    ]
 
 
 def _positions(spatial, out, kernel_index, stride, padding, dilation):
@@ -68,7 +71,10 @@ def _max_pool(x, kernel, stride, padding, dilation, ceil_mode):
         at = jnp.broadcast_to(_positions(spatial, out, index, stride, padding, dilation), value.shape)
         if best is None:
             # the index of a window of minus infinities is its first element inside the input
-            best, best_at = value, jnp.broadcast_to(_first_inside(spatial, out, kernel, stride, padding, dilation), value.shape)
+            best, best_at = (
+                value,
+                jnp.broadcast_to(_first_inside(spatial, out, kernel, stride, padding, dilation), value.shape),
+            )
             newer = jnp.isnan(value) if jnp.issubdtype(x.dtype, jnp.floating) else None
             best_at = best_at if newer is None else jnp.where(newer, at, best_at)
             continue
@@ -137,7 +143,10 @@ def _unpool_gradient(grad, indices, shape, kernel, stride, padding, dilation):
     total = None
     for index in itertools.product(*(range(k) for k in kernel)):
         hit = indices == _positions(spatial, out, index, stride, padding, dilation)
-        inside = [_inside(n, o, k, s, p, d) for n, o, k, s, p, d in zip(spatial, out, index, stride, padding, dilation, strict=True)]
+        inside = [
+            _inside(n, o, k, s, p, d)
+            for n, o, k, s, p, d in zip(spatial, out, index, stride, padding, dilation, strict=True)
+        ]
         for axis, mask in enumerate(inside):
             if not mask.all():
                 hit &= jnp.asarray(mask).reshape([-1 if i == axis else 1 for i in range(rank)])
@@ -251,22 +260,38 @@ def _avg_pool_backward(grad, x, geometry):
 @lowering(aten.avg_pool2d.default)
 def avg_pool2d(self, kernel_size, stride=(), padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None):
     """Means of windows."""
-    return _avg_pool(wide(self), *_avg_geometry(2, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override))
+    return _avg_pool(
+        wide(self), *_avg_geometry(2, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    )
 
 
 @lowering(aten.avg_pool3d.default)
 def avg_pool3d(self, kernel_size, stride=(), padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None):
     """Means of windows."""
-    return _avg_pool(wide(self), *_avg_geometry(3, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override))
+    return _avg_pool(
+        wide(self), *_avg_geometry(3, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    )
 
 
 @lowering(aten.avg_pool2d_backward.default)
-def avg_pool2d_backward(grad_output, self, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
+def avg_pool2d_backward(
+    grad_output, self, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+):
     """Gradient of `avg_pool2d`."""
-    return _avg_pool_backward(grad_output, self, _avg_geometry(2, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override))
+    return _avg_pool_backward(
+        grad_output,
+        self,
+        _avg_geometry(2, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override),
+    )
 
 
 @lowering(aten.avg_pool3d_backward.default)
-def avg_pool3d_backward(grad_output, self, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
+def avg_pool3d_backward(
+    grad_output, self, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+):
     """Gradient of `avg_pool3d`."""
-    return _avg_pool_backward(grad_output, self, _avg_geometry(3, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override))
+    return _avg_pool_backward(
+        grad_output,
+        self,
+        _avg_geometry(3, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override),
+    )

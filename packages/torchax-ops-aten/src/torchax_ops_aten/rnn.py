@@ -78,7 +78,15 @@ def _run(step, input, states, params, has_biases, num_layers, bidirectional, bat
         outputs = []
         for direction in range(directions):
             i = layer * directions + direction
-            out, last = _layer(step, xs, tuple(s[i] for s in states), params[i * per : (i + 1) * per], has_biases, direction == 1, present)
+            out, last = _layer(
+                step,
+                xs,
+                tuple(s[i] for s in states),
+                params[i * per : (i + 1) * per],
+                has_biases,
+                direction == 1,
+                present,
+            )
             outputs.append(out)
             finals.append(last)
         xs = outputs[0] if directions == 1 else jnp.concatenate(outputs, axis=-1)
@@ -88,7 +96,9 @@ def _run(step, input, states, params, has_biases, num_layers, bidirectional, bat
 
 def _no_dropout(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first):
     # between layers only: a single layer draws nothing
-    return input.ndim == 3 and input.shape[0] > 0 and input.shape[1] > 0 and (not train or dropout == 0 or num_layers == 1)
+    return (
+        input.ndim == 3 and input.shape[0] > 0 and input.shape[1] > 0 and (not train or dropout == 0 or num_layers == 1)
+    )
 
 
 @lowering(aten.lstm.input, whole=True, when=_no_dropout)
@@ -209,7 +219,12 @@ def fused_lstm_cell_backward(grad_hy, grad_cy, cx, cy, workspace, has_bias):
     grad_cell = grad_hidden * o * (1 - top * top)
     if grad_cy is not None:
         grad_cell = grad_cell + wide(grad_cy)
-    parts = [grad_cell * g * i * (1 - i), grad_cell * wide(cx) * f * (1 - f), grad_cell * i * (1 - g * g), grad_hidden * top * o * (1 - o)]
+    parts = [
+        grad_cell * g * i * (1 - i),
+        grad_cell * wide(cx) * f * (1 - f),
+        grad_cell * i * (1 - g * g),
+        grad_hidden * top * o * (1 - o),
+    ]
     gates = jnp.concatenate(parts, axis=-1)
     return gates, grad_cell * f, gates.sum(0) if has_bias else None
 

@@ -7,7 +7,10 @@ from torchax.ops import aten, lowering
 from .attention import _safe_softmax
 from .norm import moments, wide
 
-_SOURCE, _KEYS = 0, 1  # what a mask speaks of: pairs of positions ``[L, L]``, or keys ``[N, L]``; else all of ``[N, H, L, L]``
+_SOURCE, _KEYS = (
+    0,
+    1,
+)  # what a mask speaks of: pairs of positions ``[L, L]``, or keys ``[N, L]``; else all of ``[N, H, L, L]``
 
 
 def _project(x, weight, bias):
@@ -37,7 +40,9 @@ def _attention(query, key, value, num_head, qkv_weight, qkv_bias, proj_weight, p
             hidden = hidden[:, None, None, :]
         scores = jnp.where(hidden, -jnp.inf, scores)
     weights = _safe_softmax(scores)[0]
-    out = jnp.einsum("nhls,nhse->nlhe", weights.astype(v.dtype), v, preferred_element_type=accumulate).astype(query.dtype)
+    out = jnp.einsum("nhls,nhse->nlhe", weights.astype(v.dtype), v, preferred_element_type=accumulate).astype(
+        query.dtype
+    )
     return _project(out.reshape(query.shape), proj_weight, proj_bias), weights
 
 
@@ -47,7 +52,9 @@ def native_multi_head_attention(
     mask=None, need_weights=True, average_attn_weights=True, mask_type=None,
 ):  # fmt: skip
     """Multi-head attention, and its weights where they are asked for."""
-    out, weights = _attention(query, key, value, num_head, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type)
+    out, weights = _attention(
+        query, key, value, num_head, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type
+    )
     if not need_weights:
         return out, jnp.zeros((0,), weights.dtype)
     return out, weights.mean(1) if average_attn_weights else weights

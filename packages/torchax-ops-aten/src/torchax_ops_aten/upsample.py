@@ -156,7 +156,9 @@ def _family() -> list[Lowering]:
     found = []
     for rank in (1, 2, 3):
         for name, exact in ((f"upsample_nearest{rank}d", False), (f"_upsample_nearest_exact{rank}d", True)):
-            found += _records(name, functools.partial(_nearest_forward, exact), functools.partial(_nearest_backward, exact))
+            found += _records(
+                name, functools.partial(_nearest_forward, exact), functools.partial(_nearest_backward, exact)
+            )
     kernels = {
         "upsample_linear1d": _linear,
         "upsample_bilinear2d": _linear,

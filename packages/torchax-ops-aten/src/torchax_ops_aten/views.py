@@ -188,7 +188,12 @@ def split(shape, split_size, dim=0):
 @lowering(aten.split_with_sizes.default, kind="views")
 def split_with_sizes(shape, split_sizes, dim=0):
     """Slices of the given sizes."""
-    if not shape or not -len(shape) <= dim < len(shape) or sum(split_sizes) != shape[dim] or min(split_sizes, default=0) < 0:
+    if (
+        not shape
+        or not -len(shape) <= dim < len(shape)
+        or sum(split_sizes) != shape[dim]
+        or min(split_sizes, default=0) < 0
+    ):
         return None
     ends = np.cumsum([0, *split_sizes]).tolist()
     return [(aten.slice.Tensor, dim, a, b, 1) for a, b in zip(ends, ends[1:], strict=False)]
@@ -305,5 +310,3 @@ def neg_view(x):
 @neg_view.inverse
 def _(base, value):
     return -value
-
-

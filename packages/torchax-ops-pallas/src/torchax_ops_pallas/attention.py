@@ -30,7 +30,9 @@ def _kernel(query_ref, key_ref, value_ref, out_ref, *, causal: bool, scale: floa
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool, scale: float, interpret: bool = False) -> jax.Array:
+def fused_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, causal: bool, scale: float, interpret: bool = False
+) -> jax.Array:
     """Attention over ``[batch, heads, length, features]``.
 
     Args:

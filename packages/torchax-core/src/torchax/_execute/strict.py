@@ -86,7 +86,9 @@ class Debug(Strict):
 def _has_nan(x: Any) -> bool:
     if not isinstance(x, (jax.Array, np.ndarray)) or isinstance(x, jax.core.Tracer):
         return isinstance(x, float) and x != x
-    return np.dtype(x.dtype).kind not in "iub" and bool(np.isnan(np.asarray(x).astype(np.complex128 if x.dtype.kind == "c" else np.float64)).any())
+    return np.dtype(x.dtype).kind not in "iub" and bool(
+        np.isnan(np.asarray(x).astype(np.complex128 if x.dtype.kind == "c" else np.float64)).any()
+    )
 
 
 STRICT, DEBUG = Strict(), Debug()
