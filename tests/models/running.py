@@ -132,7 +132,7 @@ def train(module: torch.nn.Module, inputs: dict[str, Any], steps: int = STEPS, *
 def compare_named(got: dict[str, torch.Tensor | None], want: dict[str, torch.Tensor | None], tolerance: float) -> None:
     """Gradients or parameters by name. One that is zero but for rounding is held against the largest of them."""
     assert list(got) == list(want)
-    largest = max((float(w.abs().max()) for w in want.values() if w is not None and w.numel()), default=0.0)
+    largest = max((float(w.detach().abs().max()) for w in want.values() if w is not None and w.numel()), default=0.0)
     wrong = []
     for name, w in want.items():
         g = got[name]

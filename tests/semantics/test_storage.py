@@ -137,17 +137,17 @@ def test_versions_count_writes():
         x = torch.zeros(4, device=d)
         log = [x._version]
         for write in (
-            lambda: x.add_(1),
-            lambda: x[1:].mul_(2),
-            lambda: x.detach().fill_(3),
-            lambda: x.data.zero_(),
-            lambda: x.__setitem__(0, 1.0),
-            lambda: torch.add(x, x, out=x),
-            lambda: x.copy_(x.clone()),
-            lambda: x.resize_(4),
-            lambda: x.squeeze_(),
+            lambda t: t.add_(1),
+            lambda t: t[1:].mul_(2),
+            lambda t: t.detach().fill_(3),
+            lambda t: t.data.zero_(),
+            lambda t: t.__setitem__(0, 1.0),
+            lambda t: torch.add(t, t, out=t),
+            lambda t: t.copy_(t.clone()),
+            lambda t: t.resize_(4),
+            lambda t: t.squeeze_(),
         ):
-            write()
+            write(x)
             log.append(x._version)
         logs.append(log)
     assert logs[0] == logs[1]

@@ -91,7 +91,8 @@ def threads(count: int = 3, adds: int = 2000, rounds: int = 5) -> Iterator[Row]:
                 thread.join()
             return n * adds / (time.perf_counter() - start)
 
-        rate(1), rate(count)
+        rate(1)
+        rate(count)
         one, several = [], []
         for _ in range(rounds):
             one.append(rate(1))

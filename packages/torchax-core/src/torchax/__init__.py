@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import _backend, errors
-from ._execute import strict as _strict
+from ._execute import strict as _strict  # noqa: F401 (it makes itself the executor)
 from .config import config
 from .tensor import Tensor
 

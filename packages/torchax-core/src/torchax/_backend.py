@@ -188,7 +188,7 @@ def _apply(self: torch.nn.Module, fn: Callable[..., Any], recurse: bool = True) 
             if id(old) in seen or new is None:
                 continue
             if new is not old and type(new) is not type(old):
-                new.__dict__.update({k: v for k, v in old.__dict__.items() if k not in OWN})  # the user's attributes
+                vars(new).update({k: v for k, v in vars(old).items() if k not in OWN})  # the user's attributes
                 try:
                     torch.utils.swap_tensors(old, new)
                     new = old

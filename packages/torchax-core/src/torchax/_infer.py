@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.utils._pytree import tree_map
 
 from . import dtypes
@@ -68,15 +69,15 @@ def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fresh:
     try:
         with torch.no_grad():
             return func(*margs, **mkwargs)
-    except (NotImplementedError, torch._subclasses.fake_tensor.DynamicOutputShapeException) as error:
+    except (NotImplementedError, DynamicOutputShapeException) as error:
         raise NoMeta(str(error)) from None
     except Exception as error:
         if any(text in str(error) for text in _NO_META):
             raise NoMeta(str(error)) from None
-        raise (_cpu_error(func, args, kwargs) or error) from None
+        raise (cpu_error(func, args, kwargs) or error) from None
 
 
-def _cpu_error(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
+def cpu_error(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
     """What CPU torch says: the op on CPU tensors of the same metadata; large ones hold one expanded element."""
     written = {
         id(a)
@@ -90,10 +91,11 @@ def _cpu_error(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exce
                 if math.prod(x._m.shape) > _CPU_COPY_LIMIT:
                     raise MemoryError
                 return torch.zeros(x._m.shape, dtype=x._m.dtype)
+            filled = torch.ones if x._m.dtype.is_floating_point else torch.zeros  # weights that sum up, indices in range
             size = 1 + sum((n - 1) * s for n, s in zip(x._m.shape, x._m.strides, strict=True)) if x._m.numel else 0
             if size <= _CPU_COPY_LIMIT:  # with its strides, by which some ops judge
-                return torch.zeros(size, dtype=x._m.dtype).as_strided(x._m.shape, x._m.strides)
-            return torch.zeros((), dtype=x._m.dtype).expand(x._m.shape)
+                return filled(size, dtype=x._m.dtype).as_strided(x._m.shape, x._m.strides)
+            return filled((), dtype=x._m.dtype).expand(x._m.shape)
         if isinstance(x, torch.device):
             return torch.device("cpu")
         return x

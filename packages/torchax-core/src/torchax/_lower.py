@@ -136,9 +136,8 @@ def _promoted(x: Any, dtype: np.dtype) -> Any:
             return float(x.real)
         if dtype.kind == "c":
             return complex(x)
-        return (
-            x if dtype.kind == "b" or np.iinfo(dtype).min <= x <= np.iinfo(dtype).max else np.asarray(x).astype(dtype)
-        )
+        fits = dtype.kind == "b" or np.iinfo(dtype).min <= x.real <= np.iinfo(dtype).max
+        return x if fits else np.asarray(x).astype(dtype)
     return convert.cast(jnp.asarray(x), dtype) if x.dtype != dtype else x
 
 

@@ -44,6 +44,7 @@ class Lowering:
             with both; None leaves the refusal to torch.
         whole: a composite op that is kept whole before autograd.
         backward: for a whole op, its backward; None derives it with `jax.vjp`.
+        saves_result: whether `backward` is given the result, which then may not be overwritten before it; None if not.
         random: `fn` takes a keyword ``key``, a fresh PRNG key.
         writes: names of arguments whose new values `fn` returns after the results.
         meta: whether torch's meta kernel says shapes and dtypes of the results. False where it refuses what CPU torch
@@ -68,6 +69,7 @@ class Lowering:
     prepare: Callable[..., Any] | None = None
     whole: bool = False
     backward: Callable[..., Any] | None = None
+    saves_result: bool = False
     random: bool = False
     writes: tuple[str, ...] = ()
     meta: bool = True
@@ -242,8 +244,8 @@ class Registry:
             if isinstance(value, list) and value and isinstance(value[0], Lowering):
                 for entry in value:
                     self.add(dataclasses.replace(entry, family=entry.family or module.__name__.rpartition(".")[2]))
-            elif hasattr(value, "__torchax__") and getattr(value, "__module__", None) == module.__name__:
-                for entry in value.__torchax__:
+            elif getattr(value, "__module__", None) == module.__name__:
+                for entry in getattr(value, "__torchax__", ()):
                     self.add(entry)
 
     def remove(self, provider: str) -> list[str]:

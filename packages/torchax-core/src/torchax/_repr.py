@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import jax
+import jax.core
 import torch
+from torch import _tensor_str
 
 if TYPE_CHECKING:
     from .tensor import Tensor
@@ -23,7 +24,7 @@ def tensor_repr(t: Tensor) -> str:
         suffixes.append(f"device='{t.device}'")
     else:
         host = plain.cpu()
-        contents = torch._tensor_str._tensor_str(host, len("tensor(")) if host.numel() else "[]"
+        contents = _tensor_str._tensor_str(host, len("tensor(")) if host.numel() else "[]"
         suffixes.append(f"device='{t.device}'")
         if not host.numel() and host.dim() != 1:
             suffixes.append(f"size={tuple(host.shape)}")
@@ -38,5 +39,5 @@ def tensor_repr(t: Tensor) -> str:
         suffixes.append(f"grad_fn=<{type(t.grad_fn)._forward_cls.__name__ if name == 'CppFunction' else name}>")  # type: ignore[attr-defined]
     elif t.requires_grad:
         suffixes.append("requires_grad=True")
-    text = torch._tensor_str._add_suffixes("tensor(" + contents, suffixes, len("tensor("), False)
+    text = _tensor_str._add_suffixes("tensor(" + contents, suffixes, len("tensor("), False)
     return f"Parameter containing:\n{text}" if isinstance(t, torch.nn.Parameter) else text

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
@@ -20,7 +21,7 @@ from ._dispatch import RULES
 from ._execute import Program, state
 from ._execute.traced import ImpureTrace
 from ._foreach import foreach_apply, foreach_element
-from ._infer import NoMeta, infer, infer_by_shape
+from ._infer import NoMeta, cpu_error, infer, infer_by_shape
 from ._lower import Apply, decomposed, decomposition, is_composite_implicit, lowered, op_by_op
 from ._missing import missing
 from ._prepared import prepared_rule
@@ -148,6 +149,8 @@ class FunctionalRule:
             out = executor.run(entry.program, operands)
         except ImpureTrace:
             return self._impure(entry, args, kwargs)
+        except errors.LoweringError as error:
+            raise torchs_error(self.func, args, kwargs, error) from error
         if not entry.single:
             return wrap_nest(out, entry.metas)
         if executor.owner is not None:
@@ -167,6 +170,8 @@ class FunctionalRule:
             return state.executor.run(entry.program, operands), entry.metas
         except ImpureTrace:
             return _unwrapped(self._impure(entry, args, kwargs))
+        except errors.LoweringError as error:
+            raise torchs_error(self.func, args, kwargs, error) from error
 
     # ------------------------------------------------------------------ the first call of a signature
     def resolve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
@@ -266,9 +271,21 @@ class FunctionalRule:
     def _special(self, entry: Entry, operands: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         executor = state.executor
         if entry.dynamic:
-            return self._dynamic(entry, operands)
+            try:
+                return self._dynamic(entry, operands)
+            except errors.TorchaxError:
+                raise
+            except Exception as error:
+                raise torchs_error(self.func, args, kwargs, error) from error
         if entry.program is None:
             return entry.apply(args, kwargs)
+        try:
+            return self._stateful(entry, operands, args, kwargs)
+        except errors.LoweringError as error:
+            raise torchs_error(self.func, args, kwargs, error) from error
+
+    def _stateful(self, entry: Entry, operands: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        executor = state.executor
         if entry.lowering is not None and entry.lowering.random:
             generator = random.source(kwargs.get("generator"), entry.index)
             out, after = executor.run(entry.program, (generator.load(), *operands))
@@ -356,6 +373,12 @@ def _written(func: Any, entry: Lowering, args: tuple[Any, ...], kwargs: dict[str
     return targets
 
 
+def torchs_error(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> Exception:
+    """What torch says to a call that a lowering could not serve and torch's meta kernel let pass; else `error`."""
+    said = cpu_error(func, args, kwargs)
+    return error if said is None or isinstance(said, NotImplementedError) else said
+
+
 def _unwrapped(out: Any) -> tuple[Any, Any]:
     return tree_map(lambda t: state.executor.read(t) if type(t) is Tensor else t, out), tree_map(
         lambda t: t._m if type(t) is Tensor else t, out
@@ -430,6 +453,7 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
     checked: set[Any] = set()
     signature = Signature(func, (), numbers=True)
     needed, defaults = _defaults_of(func, twin)
+    bumps = schema.name.startswith("aten::_foreach_") and not outs  # torch leaves their versions to the device
     returned = [_alias_index(written, r) for r in schema.returns if r.alias_info is not None]
 
     def rule(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -438,7 +462,7 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
         key = None
         if outs:
             kwargs = dict(kwargs)
-            targets = [kwargs.pop(name) for name in outs]
+            targets: list[Any] = [kwargs.pop(name) for name in outs]
             if takes_dtype:
                 kwargs = {**kwargs, "dtype": targets[0].dtype, "device": targets[0].device}
         else:
@@ -461,6 +485,8 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
             checked.add(key)
         for target, value, meta in zip(targets, values[fresh:], metas[fresh:], strict=False):
             _write(target, value, meta)
+        if bumps:
+            torch.autograd.graph.increment_version([t for listed in targets for t in listed if not t.is_inference()])
         if fresh:
             results = [wrap_nest(v, m) for v, m in zip(values[:fresh], metas[:fresh], strict=True)]
             return results[0] if len(results) == 1 and len(schema.returns) == 1 else tuple(results)

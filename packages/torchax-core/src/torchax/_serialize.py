@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from torch._utils import _get_restore_location
 
 from . import convert
 from ._loading import forgetting_location
@@ -38,7 +39,7 @@ def shallow_copy(t: Tensor) -> Tensor:
         twin = torch.nn.Parameter(twin, t.requires_grad)
     else:
         twin.requires_grad_(t.requires_grad)
-    twin.__dict__.update({k: v for k, v in t.__dict__.items() if k not in OWN})
+    vars(twin).update({k: v for k, v in vars(t).items() if k not in OWN})
     return twin  # type: ignore[return-value]
 
 
@@ -49,9 +50,9 @@ def _finish(twin: Tensor, t: Tensor, memo: dict[int, Any]) -> Tensor:
         twin._is_param = True  # type: ignore[attr-defined]
     if t.grad is not None:
         twin.grad = copy.deepcopy(t.grad, memo)
-    for name, value in t.__dict__.items():
+    for name, value in vars(t).items():
         if name not in OWN:
-            twin.__dict__[name] = copy.deepcopy(value, memo)
+            vars(twin)[name] = copy.deepcopy(value, memo)
     return twin
 
 
@@ -63,7 +64,7 @@ def reduce(t: Tensor) -> Any:
         kind = "Tensor"
     host = convert.host_storage(t._s)
     shaped = torch.as_strided(host, t._m.shape, t._m.strides, t.storage_offset())
-    extra = {k: v for k, v in t.__dict__.items() if k not in OWN}
+    extra = {k: v for k, v in vars(t).items() if k not in OWN}
     return rebuild, (shaped, str(t.device), t.requires_grad, kind, extra)
 
 
@@ -75,15 +76,15 @@ def rebuild(values: torch.Tensor, device: str, requires_grad: bool, kind: str, e
         result = torch.nn.Parameter(result, requires_grad)
     else:
         result.requires_grad_(requires_grad)
-    result.__dict__.update(extra)
+    vars(result).update(extra)
     return result
 
 
 def _location(device: str, values: torch.Tensor) -> Any:
     map_location = torch.serialization._serialization_tls.map_location
     if not callable(map_location):
-        return torch._utils._get_restore_location(device)
-    storage = map_location(values.untyped_storage(), device)  # as torch asks it for storages
+        return _get_restore_location(device)
+    storage = map_location(values.untyped_storage(), device)  # pyright: ignore[reportArgumentType] # as torch asks it for storages
     return device if storage is None else storage.device
 
 

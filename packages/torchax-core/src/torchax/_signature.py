@@ -136,7 +136,7 @@ def _template(a: Any, mode: tuple[Any, ...] | None, count: _Count) -> Any:
 def _host_operand(t: torch.Tensor) -> np.ndarray:
     from . import convert
 
-    return np.asarray(convert.to_array(t, 0))
+    return convert.host_values(t)
 
 
 def place(template: Any, operands: Any) -> Any:

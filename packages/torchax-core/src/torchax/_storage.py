@@ -33,6 +33,7 @@ class TensorMeta:
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    on_meta_: torch.Tensor | None
 
     def on_meta(self) -> torch.Tensor:
         """A tensor of this metadata on device ``meta`` (shared: do not change it)."""
@@ -159,7 +160,7 @@ class PendingStorage(Storage):
 
     @value.setter
     def value(self, value: Any) -> None:
-        self.__class__ = Storage
+        self.__class__ = Storage  # pyright: ignore[reportAttributeAccessIssue]
         self.value = value
         self.__dict__.pop("_make", None)
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ._dispatch import RULES
-from ._infer import describe, run_on_meta
+from ._infer import NoMeta, describe, run_on_meta
+from ._missing import missing
 from ._registry import Lowering
 from ._storage import meta_of
 from ._twins import functional_twin
@@ -78,9 +79,12 @@ def strided_view_rule(func: Any) -> Rule:
 
     def rule(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         t = next(a for a in args if type(a) is Tensor)
-        out = run_on_meta(func, args, kwargs)
+        try:
+            out = run_on_meta(func, args, kwargs)
+        except NoMeta:
+            return missing(func, args, kwargs)
         if isinstance(out, torch.Tensor):
-            return _window(t, out, t.storage_offset() + out.storage_offset())
+            return _window(t, out, t.storage_offset() + int(out.storage_offset()))
         return [_window(t, m, t.storage_offset() + m.storage_offset()) for m in out]
 
     return rule

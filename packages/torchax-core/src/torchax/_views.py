@@ -156,7 +156,7 @@ def _strided_write(
     index = strided_indices(shape, strides, offset).reshape(-1).astype(np.int32 if payload.size < 2**31 else np.int64)
     flat = _flat(payload, geometry).at[index].set(value.reshape(-1), mode="promise_in_bounds")
     order = physical_order(geometry)
-    return jnp.transpose(flat.reshape([geometry.shape[i] for i in order]), np.argsort(order))
+    return jnp.transpose(flat.reshape([geometry.shape[i] for i in order]), np.argsort(order).tolist())
 
 
 def _flat(payload: Any, geometry: TensorMeta) -> Any:

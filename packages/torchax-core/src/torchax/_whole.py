@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from torch._C._functorch import peek_interpreter_stack
 
 from ._dispatch import RULES
 from ._execute import Program, state
@@ -29,7 +30,7 @@ def whole_kernel(op: Any) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         rule = RULES[op]
         if (
-            torch._C._functorch.peek_interpreter_stack() is not None
+            peek_interpreter_stack() is not None
             or _forward_ad._current_level >= 0
             or not hasattr(rule, "resolve_whole")  # its plugin is switched off
         ):
@@ -44,6 +45,8 @@ def whole_kernel(op: Any) -> Callable[..., Any]:
             tensors = [o for o in operands if type(o) is Tensor]
             if any([t.requires_grad for t in tensors]):
                 return _Whole.apply(_Call(op, rule, served, operands), *tensors)
+        if served.plain:  # nothing below goes through torch's dispatcher
+            return rule.run(served, operands, args, kwargs)
         with torch._C._AutoDispatchBelowAutograd():
             return rule.run(served, operands, args, kwargs)
 
@@ -71,7 +74,7 @@ class _Whole(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *tensors: Any) -> Any:
         out = call.rule.run(call.served, call.operands(tensors, call.others), (), {})
         ctx.call = call
-        outs = () if call.served.lowering.backward is None else (out,) if call.single else out
+        outs = () if not call.served.lowering.saves_result else (out,) if call.single else out
         ctx.save_for_backward(*tensors, *outs)
         ctx.n = len(tensors)
         return out
@@ -118,7 +121,7 @@ def _compiled(call: _Call, tensors: Any, outs: Any, grads: Any, needs: tuple[boo
 def _backward_program(call: _Call, needs: tuple[bool, ...], given: tuple[bool, ...], n: int) -> Program:
     """Gradients of the needed tensor arguments from (tensors, [results,] gradients, other operands)."""
     served, lowering, single = call.served, call.served.lowering, call.single
-    kept = 0 if lowering.backward is None else len(given)
+    kept = len(given) if lowering.saves_result else 0
     op, arrange = (
         call.op,
         _Call(call.op, call.rule, served, []).operands,
@@ -129,7 +132,8 @@ def _backward_program(call: _Call, needs: tuple[bool, ...], given: tuple[bool, .
         grads = [rest.pop(0) if g else None for g in given]
         if lowering.backward is not None:
             args = _complete(op, *place(served.template, arrange(tensors, rest)))
-            found = lowering.backward(grads[0] if single else grads, args, outs[0] if single else outs, needs)
+            result = None if not kept else outs[0] if single else outs
+            found = lowering.backward(grads[0] if single else grads, args, result, needs)
         else:
             found = _vjp(tensors, rest, grads)
         pairs = zip(found, tensors, needs, strict=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 LOWER = (
     "matmul", "mm", "bmm", "mv", "addmm", "addmv", "addr", "addbmm", "baddbmm", "linear", "chain_matmul", "linalg_multi_dot",
@@ -30,7 +30,7 @@ FLOAT32 = (
 WIDEST = (
     "addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "vdot", "grid_sampler", "index_put", "scatter_add", "tensordot", "cat", "stack",
 )  # fmt: skip
-_KEY = torch._C.DispatchKey.AutocastPrivateUse1
+_KEY = torch._C.DispatchKey.AutocastPrivateUse1  # pyright: ignore[reportAttributeAccessIssue]
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _library: torch.library.Library | None = None
 _others: torch.library.Library | None = None
@@ -59,7 +59,7 @@ def _kernel(op: Any, target: Callable[[list[torch.Tensor]], torch.dtype]) -> Cal
     def autocast(*args: Any, **kwargs: Any) -> Any:
         flat = [
             x
-            for x in torch.utils._pytree.tree_leaves((args, kwargs))
+            for x in tree_leaves((args, kwargs))
             if isinstance(x, torch.Tensor) and x.dtype in _FLOATS
         ]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_KEY)):

@@ -7,6 +7,7 @@ import weakref
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -56,13 +57,18 @@ def from_dlpack(source: Any) -> Tensor:
 # ---------------------------------------------------------------------- CPU -> JAX
 def to_array(t: torch.Tensor, index: int) -> jax.Array:
     """A CPU tensor's values on JAX device `index`."""
+    return on_device(host_values(t), index)
+
+
+def host_values(t: torch.Tensor) -> np.ndarray:
+    """A CPU tensor's values as a numpy array of their own."""
     check_dense(t)
     dtype = dtypes.to_jax(t.dtype)
     t = t.detach().resolve_conj().resolve_neg()
     host = (
         np.array(t.view(_BITS[t.element_size()]).numpy()).view(dtype) if dtype.isbuiltin == 2 else np.array(t.numpy())
     )
-    return on_device(host.reshape(tuple(t.shape)), index)
+    return host.reshape(tuple(t.shape))
 
 
 def on_device(values: np.ndarray, index: int) -> jax.Array:
@@ -97,7 +103,7 @@ def check_dense(t: torch.Tensor) -> None:
         )
 
 
-def jax_device(index: int) -> jax.Device:
+def jax_device(index: int) -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
     """JAX device number `index` of the default platform.
 
     Raises:
@@ -133,8 +139,9 @@ def host_array(value: Any, what: str) -> np.ndarray:
     if isinstance(value, jax.core.Tracer):
         from ._execute._where import user_line
 
+        when = "is being traced" if state.executor.owner is not None else "belongs to a function whose tracing has ended (or goes on)"
         raise errors.TracerEscaped(
-            f"{what} needs the values of a tensor that is being traced{user_line()}; inside a compiled function use torch.where, "
+            f"{what} needs the values of a tensor that {when}{user_line()}; inside a compiled function use torch.where, "
             "torch.cond or tensor arithmetic instead of Python numbers, or do this outside of it"
         )
     try:
@@ -221,7 +228,7 @@ def restore(values: torch.Tensor, target: torch.device) -> torch.Tensor:
     return make(
         storage,
         meta_of(shape, strides, values.dtype, index),
-        strided_view(geometry, shape, strides, values.storage_offset()),
+        strided_view(geometry, shape, strides, int(values.storage_offset())),
     )
 
 

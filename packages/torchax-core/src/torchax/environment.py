@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import torch
+from torch.utils._pytree import tree_map
 
 from . import convert
 from . import random as _random
@@ -53,17 +54,17 @@ class Environment:
 
     def t2j_iso(self, tree: Any) -> Any:
         """Every tensor of a nest as a `jax.Array`."""
-        return torch.utils._pytree.tree_map(lambda x: x.jax() if isinstance(x, Tensor) else x, tree)
+        return tree_map(lambda x: x.jax() if isinstance(x, Tensor) else x, tree)
 
     j2t_copy = j2t_iso
 
     def t2j_copy(self, tree: Any) -> Any:
         """Every tensor of a nest, CPU ones included, as a `jax.Array`."""
-        return torch.utils._pytree.tree_map(lambda x: convert.t2j(x) if isinstance(x, torch.Tensor) else x, tree)
+        return tree_map(lambda x: convert.t2j(x) if isinstance(x, torch.Tensor) else x, tree)
 
     def to_xla(self, tree: Any) -> Any:
         """Every tensor of a nest on device ``jax``."""
-        return torch.utils._pytree.tree_map(lambda x: x.to("jax") if isinstance(x, torch.Tensor) else x, tree)
+        return tree_map(lambda x: x.to("jax") if isinstance(x, torch.Tensor) else x, tree)
 
     def override_op_definition(self, op: Any, fn: Any) -> None:
         """Lower `op` by `fn` from now on, before every plugin."""

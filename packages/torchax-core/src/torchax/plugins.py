@@ -77,7 +77,7 @@ def register(plugin: Any, name: str | None = None) -> None:
     Raises:
         PluginError: a plugin of this name is loaded already, or this one is broken.
     """
-    name = name or getattr(plugin, "__name__", type(plugin).__name__)
+    name = name or str(getattr(plugin, "__name__", type(plugin).__name__))
     if name in _found and _found[name].state == "loaded":
         raise PluginError(f"a plugin named {name!r} is loaded already; disable it first or pass another name")
     record = _found[name] = PluginStatus(name, "disabled")

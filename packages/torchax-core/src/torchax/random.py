@@ -67,7 +67,7 @@ class Generator(torch.Generator):
             raise RuntimeError(
                 f"torchax.Generator makes generators for device 'jax'; got {str(device)!r}: use torch.Generator for that"
             )
-        self = super().__new__(cls, device="cpu")
+        self = super().__new__(cls, device="cpu")  # pyright: ignore[reportCallIssue]
         self._source, self._index = KeySource(torch.initial_seed()), device.index or 0
         _generators[self._cdata] = self  # type: ignore[attr-defined]
         return self

@@ -7,9 +7,10 @@ sees ``jax:0``. What C++ refuses to a subclass is a plain method here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
+import jax.core
 import numpy as np
 import torch
 
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from ._views import View
 
 # the methods jax() and torch() hide the modules inside the class
-Array, TorchTensor, Device = jax.Array, torch.Tensor, torch.device
-_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+Array: TypeAlias = jax.Array
+TorchTensor: TypeAlias = torch.Tensor
+Device: TypeAlias = torch.device
+_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)  # pyright: ignore[reportAttributeAccessIssue]
 _make_subclass = torch.Tensor._make_wrapper_subclass
 _strided = torch.strided
 
@@ -48,8 +51,14 @@ class Tensor(torch.Tensor):
     _v: View | None = None
     _cache: tuple[int, Any] | None = None  # the storage's version and the view's value then
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
     __torch_dispatch__ = classmethod(dispatch)  # type: ignore[assignment]
+
+    if TYPE_CHECKING:  # what torch declares less narrowly
+
+        def detach(self) -> Tensor: ...
+        def requires_grad_(self, mode: bool = True) -> Tensor: ...
+        def storage_offset(self) -> int: ...
 
     @staticmethod
     def __new__(cls: type[Tensor], elem: Any, env: Any = None, requires_grad: bool = False) -> Tensor:
@@ -158,14 +167,13 @@ class Tensor(torch.Tensor):
                     kwargs["device"] = device
         return torch.Tensor.to(self, *args, **kwargs)
 
-    def set_(self, source: Any = None, storage_offset: int = 0, size: Any = None, stride: Any = None) -> Tensor:
+    def set_(self, source: Any = None, storage_offset: int = 0, size: Any = None, stride: Any = None) -> TorchTensor:
         if not isinstance(source, StorageView):
-            given = (
-                (source, *((storage_offset, size, stride or ()) if size is not None else ()))
-                if source is not None
-                else ()
-            )
-            return torch.Tensor.set_(self, *given)
+            if source is None:
+                return torch.Tensor.set_(self)  # pyright: ignore[reportCallIssue]
+            if size is None:
+                return torch.Tensor.set_(self, source)
+            return torch.Tensor.set_(self, source, storage_offset, size, stride or ())
         from ._loading import tensor_on_storage
 
         become(self, tensor_on_storage(self, source, storage_offset, size, stride))
@@ -196,7 +204,7 @@ class Tensor(torch.Tensor):
         return self.jax().__dlpack__(**kwargs)
 
     def __dlpack_device__(self) -> tuple[Any, int]:
-        return self.jax().__dlpack_device__()
+        return self.jax().__dlpack_device__()  # pyright: ignore[reportAttributeAccessIssue]
 
     def data_ptr(self) -> int:
         """A number that tells apart what does not share memory, as torch's does; nothing lies at that address."""

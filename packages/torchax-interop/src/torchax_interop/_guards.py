@@ -13,6 +13,7 @@ from torchax.tensor import Tensor
 from ._recording import Recording
 
 _storage_of = operator.attrgetter("_s")
+_training_of = operator.itemgetter("training")
 _requires_grad_of = operator.attrgetter("requires_grad")
 _grad_of = operator.attrgetter("grad")
 
@@ -25,13 +26,13 @@ class Guards:
         grads: parameter (by id) -> (parameter, gradient before the call), of those whose gradients matter.
     """
 
-    def __init__(self, recording: Recording, grads: dict[int, tuple[Tensor, Any]]):
-        self.modules = [(m.__dict__, flag) for m, flag, _ in recording.modules.values()]
-        slots = []
-        for m, _, _ in recording.modules.values():
-            for table in (m._parameters, m._buffers):
-                slots += [(table, name, t) for name, t in table.items() if t is not None]
-        self.slots = slots
+    def __init__(self, recording: Recording, grads: dict[int, tuple[torch.Tensor, Any]]):
+        modules = [m for m, _, _ in recording.modules.values()]
+        self.modules = [m.__dict__ for m in modules]
+        self.training = [flag for _, flag, _ in recording.modules.values()]
+        self.tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
+        self.sizes = list(map(len, self.tables))
+        self.members = [t for table in self.tables for t in table.values()]
         self.tensors = list(recording.tensors.values())
         self.storages = [t._s for t in self.tensors]
         self.requires_grad = [t.requires_grad for t in self.tensors]
@@ -57,12 +58,11 @@ class Guards:
         for t, g in self.exact_grads:
             if t.grad is not g:
                 return "the gradient of a parameter was replaced"
-        for table, flag in self.modules:
-            if table["training"] is not flag:
-                return "a module was switched between training and evaluation"
-        for table, name, t in self.slots:
-            if table.get(name) is not t:
-                return f"{name!r} of a module was replaced"
+        if list(map(_training_of, self.modules)) != self.training:
+            return "a module was switched between training and evaluation"
+        now = itertools.chain.from_iterable(map(dict.values, self.tables))
+        if list(map(len, self.tables)) != self.sizes or not all(map(operator.is_, now, self.members)):
+            return "a parameter or buffer of a module was replaced"
         for optimizer, state, groups in self.optimizers:
             if optimizer.state is not state or optimizer.param_groups is not groups:
                 return "the state of an optimizer was replaced"
@@ -71,12 +71,7 @@ class Guards:
                 return f"{name!r} of an optimizer was changed"
         for i in tensor_leaves:
             storage = leaves[i]._s
-            if storage in self.captured or i in self.replaced:
-                if self.replaced.get(i) is not storage:
-                    return f"argument {i} shares memory with a tensor that the function uses by itself"
+            if (storage in self.captured or i in self.replaced) and self.replaced.get(i) is not storage:
+                return f"argument {i} shares memory with a tensor that the function uses by itself"
         return None
 
-
-def training_flags(module: torch.nn.Module) -> tuple[bool, ...]:
-    """The training flags of a module and all in it."""
-    return tuple(m.training for m in module.modules())

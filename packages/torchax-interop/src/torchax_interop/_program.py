@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import operator
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import torch
+from torch._C import _functions
 from torchax import convert, errors
 from torchax._execute import executing
 from torchax._execute.strict import STRICT
@@ -26,6 +29,7 @@ from ._recording import Recording, concrete, noting_modules
 from ._split import split, swallowed
 from ._tree import Known, Spec, broadcast_prefix, flatten, unflatten
 
+_grad_of = operator.attrgetter("grad")
 _EMBED = 1024  # constants of up to this many elements are compiled in
 
 
@@ -143,7 +147,9 @@ class _Recorder:
         self.fn, self.leaves, self.spec, self.options, self.explicit = fn, leaves, spec, options, explicit
         self.groups = group_leaves(leaves)
         self.recording = Recording()
-        self.grads = {id(t): (t, t.grad) for t in reachable_tensors(fn, leaves, known)}
+        self.grads: dict[int, tuple[torch.Tensor, Any]] = {
+            id(t): (t, t.grad) for t in reachable_tensors(fn, leaves, known)
+        }
         self.cotangents: list[Storage] = []
         self.roots: list[Tensor | int] = []  # tensors from outside, or positions among the leaves
 
@@ -283,7 +289,7 @@ class _Recorder:
         ]
         cotangents = [make(s, s.geometry) for s in storages]
         try:
-            found = torch.autograd.grad(
+            found: Any = torch.autograd.grad(
                 [outs[i] for i in chosen], [*captured, *[inner[i] for i in given]], cotangents, allow_unused=True
             )
         except RuntimeError as error:
@@ -319,7 +325,7 @@ class _Recorder:
                 value = None if t._v is None else recording.read(t)
                 pending.append((i, t._s.value, value))
                 recipes.append(("born", t._s.geometry, t._m, t._v))
-            elif id(t) in recording.tensors and t._v is None:
+            elif t._v is None and (id(t) in recording.tensors or isinstance(t, torch.nn.Parameter)):
                 recipes.append(("tensor", t))
             else:
                 recipes.append(("outside", t._s, t._m, t._v))
@@ -417,6 +423,7 @@ class Program:
         self.recipes, self.out_spec = recorder.recipes, recorder.out_spec
         self.groups, self.changed = recorder.groups, recorder.changed
         self.written, self.survivors, self.set_grads = recorder.written, recorder.survivors, recorder.set_grads
+        self.graded, self.graded_with = [t for t, _ in self.set_grads], [g for _, g in self.set_grads]
         self.counts, self.roots = recorder.counts, recorder.roots
         self.differentiable_results = recorder.differentiable_results
         self.differentiable_metas = recorder.differentiable_metas
@@ -480,12 +487,12 @@ class Program:
             self._run = jax.jit(flat.function(inputs, jaxpr.outvars), donate_argnums=donated, **jit)
             return
         n = sum(self.counts)
-        overwritten = {inputs[i] for i in donated}
+        given_away = {inputs[i] for i in donated}
         variables = [*inputs, *embedded]
         order = [cotangents.get(s) for s in recorder.cotangents]
         self.given_cotangents = [v is not None for v in order]  # one that no gradient depends on is not a constant
         present = [v for v in order if v is not None]
-        halves = split(flat.without_constants(), variables, present, n, overwritten)
+        halves = split(flat.without_constants(), variables, present, n, given_away)
         self.halves = halves
         few = list(embedded.values())
         self.kept = [i for i in halves.kept_inputs if i < len(inputs)]
@@ -535,8 +542,8 @@ class Program:
         end += n_survivors
         for k, value in zip(self.changed, outs[end : end + n_changed], strict=True):
             self.groups[k].store(leaves, value)
-        for t, grad in self.set_grads:
-            if t.grad is not grad:
+        if not all(map(operator.is_, map(_grad_of, self.graded), self.graded_with)):
+            for t, grad in self.set_grads:
                 t.grad = grad
 
     def _results(self, leaves: list[Any], outs: Any, found: Any) -> list[Any]:
@@ -654,8 +661,9 @@ class Differentiable(torch.autograd.Function):
         for g, root in zip(found, ctx.metas, strict=True):
             out.append(wrap(g, _dense(root)) if type(root) is TensorMeta else convert.to_torch(np.asarray(g)))
         if torch.is_grad_enabled():  # create_graph: the gradients are there, theirs are not
-            refuse = torch._C._functions.DelayedError(_ONCE, len(out))
-            out = list(refuse(*[g.requires_grad_() for g in out]))
+            refuse = _functions.DelayedError(_ONCE, len(out))
+            refused = refuse(*[g.requires_grad_() for g in out])
+            out = [refused] if len(out) == 1 else list(refused)
         return None, *out
 
 

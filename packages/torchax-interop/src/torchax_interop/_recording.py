@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -52,9 +53,9 @@ class Recording(Traced):
         self._payloads: set[int] = set()
 
     def read(self, tensor: Tensor) -> Any:
-        if tensor._s.owner is not self and id(tensor) not in self.tensors and tensor.is_leaf:
-            if tensor.requires_grad or getattr(tensor, "_is_param", False):
-                self.tensors[id(tensor)] = tensor
+        known = tensor._s.owner is self or id(tensor) in self.tensors
+        if not known and tensor.is_leaf and (tensor.requires_grad or getattr(tensor, "_is_param", False)):
+            self.tensors[id(tensor)] = tensor
         return super().read(tensor)
 
     def load(self, storage: Storage) -> Any:

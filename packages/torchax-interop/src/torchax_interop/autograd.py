@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+import torch.utils.checkpoint
+from torch._C._functorch import peek_interpreter_stack
 from torchax import random as _random
 from torchax._execute import state
 from torchax._storage import dense_meta
@@ -24,7 +26,7 @@ def call_differentiable(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     leaves: list[Any] = []
     spec = flatten((args, kwargs), leaves)
     needed = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in leaves)
-    if not needed and torch._C._functorch.peek_interpreter_stack() is None:
+    if not needed and peek_interpreter_stack() is None:
         a, k = unflatten(spec, iter([to_array(x) for x in leaves]))
         with _wide(leaves):
             return tree_map(to_tensor, fn(*a, **k))

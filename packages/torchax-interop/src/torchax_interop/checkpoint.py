@@ -189,13 +189,14 @@ def _describe(x: Any, tensors: list[torch.Tensor], where: str) -> Any:
     if isinstance(x, Mapping):
         items = [[_describe(k, tensors, where), _describe(v, tensors, f"{where}[{k!r}]")] for k, v in x.items()]
         return {"kind": "dict", "items": items}
-    if isinstance(x, tuple) and hasattr(x, "_fields"):
+    fields = getattr(x, "_fields", None)
+    if isinstance(x, tuple) and fields is not None:
         kind = type(x)
-        items = [_describe(v, tensors, f"{where}.{name}") for name, v in zip(x._fields, x, strict=True)]
+        items = [_describe(v, tensors, f"{where}.{name}") for name, v in zip(fields, x, strict=True)]
         return {
             "kind": "namedtuple",
             "type": f"{kind.__module__}:{kind.__qualname__}",
-            "fields": list(x._fields),
+            "fields": list(fields),
             "items": items,
         }
     if isinstance(x, (list, tuple)):

@@ -36,8 +36,8 @@ def jax_jit(
 
 def extract_all_buffers(module: torch.nn.Module) -> tuple[States, States]:
     """``(parameters, buffers)`` of a module, by qualified name; tensors kept in plain attributes count as buffers."""
-    params = dict(module.named_parameters())
-    buffers = dict(module.named_buffers())
+    params: States = dict(module.named_parameters())
+    buffers: States = dict(module.named_buffers())
     for prefix, child in module.named_modules():
         for name, value in vars(child).items():
             if isinstance(value, torch.Tensor):

@@ -23,6 +23,9 @@ def axes(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
 
 def lift(x: Array, dim: int) -> tuple[Array, int]:
     """`x` with at least one axis, and `dim` as a non-negative axis of it."""
+    axes = max(x.ndim, 1)
+    if not -axes <= dim < axes:
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-axes}, {axes - 1}], but got {dim})")
     return (x, dim % x.ndim) if x.ndim else (x.reshape(1), 0)
 
 

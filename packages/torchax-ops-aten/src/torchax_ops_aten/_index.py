@@ -1,6 +1,7 @@
 """Helpers for lowerings that work with dimensions and indices."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +49,7 @@ def position(index, size):
     return jnp.where(index < 0, index + size, index).astype(jnp.int32)
 
 
-def bound(index, size, default):
+def bound(index, size, default) -> Any:
     """A slice bound as Python clips it: negative from the end, then into ``[0, size]``."""
     if index is None:
         return default

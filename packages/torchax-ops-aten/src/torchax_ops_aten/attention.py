@@ -13,12 +13,13 @@ def _scale(query, scale):
 
 def _repeat_heads(query, key, value):
     """Grouped-query attention: every head of key and value serves as many consecutive heads of the query."""
-    return tuple(
+    key, value = (
         t
         if t.shape[-3] == query.shape[-3]
         else jnp.repeat(t, query.shape[-3] // t.shape[-3], axis=-3, total_repeat_length=query.shape[-3])
         for t in (key, value)
     )
+    return key, value
 
 
 def _scores(query, key, attn_mask, is_causal, scale):

@@ -52,7 +52,9 @@ def standard_gamma(x, *, key):
 def standard_gamma_grad(x, output):
     """Gradient of a gamma draw `output` for its concentration `x`."""
     work = opmath(x.dtype)
-    return lax.random_gamma_grad(x.astype(work), output.astype(work)).astype(x.dtype)
+    # jax passes dtype itself
+    gradient = lax.random_gamma_grad(x.astype(work), output.astype(work))  # pyright: ignore[reportCallIssue]
+    return gradient.astype(x.dtype)
 
 
 @stateful(aten._sample_dirichlet.default, random=True)

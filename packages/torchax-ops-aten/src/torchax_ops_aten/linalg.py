@@ -285,13 +285,13 @@ def _slogdet_backward(grads, args, result, needs):
     return (_inverse_adjoint(args[0], scale),)
 
 
-@lowering(aten.linalg_det.default, whole=True, backward=_det_backward)
+@lowering(aten.linalg_det.default, whole=True, backward=_det_backward, saves_result=True)
 def linalg_det_whole(A):
     """Determinant; whole, since torch's own gradient asks for the strides that the factors were made from."""
     return _det(A)[0]
 
 
-@lowering(aten.linalg_slogdet.default, whole=True, backward=_slogdet_backward)
+@lowering(aten.linalg_slogdet.default, whole=True, backward=_slogdet_backward, saves_result=True)
 def linalg_slogdet_whole(A):
     """Sign and logarithm of the determinant; whole for the reason of `linalg_det_whole`."""
     return _slogdet(A)[:2]

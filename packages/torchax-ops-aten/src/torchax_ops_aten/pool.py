@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,8 @@ def _max_pool(x, kernel, stride, padding, dilation, ceil_mode):
     padded = lax.pad(x, jnp.asarray(_low(x.dtype), x.dtype), config)
     if math.prod(kernel) > _UNROLL:
         return _max_pool_wide(padded, x, out, kernel, stride, padding, dilation)
-    best = best_at = None
+    best: Any = None
+    best_at: Any = None
     for index in itertools.product(*(range(k) for k in kernel)):
         value = _window_element(padded, index, out, stride, dilation)
         at = jnp.broadcast_to(_positions(spatial, out, index, stride, padding, dilation), value.shape)

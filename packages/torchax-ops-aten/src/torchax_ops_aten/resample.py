@@ -1,6 +1,6 @@
 """Linear maps along one dimension whose outputs read a few inputs each: interpolation and pooling, and their transposes."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +49,7 @@ def resample(x, axis: int, taps: Taps):
         if taps.valid is not None:
             picked = jnp.where(jnp.asarray(taps.valid).reshape(shape), picked, 0)
         return picked.sum(axis + 1)
-    total = None
+    total: Any = None
     for t in range(index.shape[1]):
         part = jnp.take(x, jnp.asarray(index[:, t]), axis) * _along(jnp.asarray(weight[:, t]), axis, x.ndim)
         if taps.valid is not None and not taps.valid[:, t].all():

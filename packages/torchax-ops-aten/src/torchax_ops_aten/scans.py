@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import torch
 from jax import lax
 from torchax.dtypes import to_jax
 from torchax.ops import aten, lowering
@@ -10,9 +11,11 @@ from ._common import cast, complex_log_add_exp, is_complex, is_inexact, lift, wi
 
 
 def _scan(fn, x, dim, dtype):
-    if dtype is not None:
+    if dtype is not None and dtype != torch.bool:
         x = cast(x, to_jax(dtype))
-    x = wide(x) if is_inexact(x) else x.astype(np.int64)
+    elif not is_inexact(x):
+        x = x.astype(np.int64)
+    x = wide(x)
     y, dim = lift(x, dim)
     return fn(y, axis=dim).reshape(x.shape) if y.size else x
 

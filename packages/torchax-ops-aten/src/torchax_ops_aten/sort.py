@@ -57,8 +57,9 @@ def topk(x, k, dim=-1, largest=True, sorted=True):
     return jnp.moveaxis(values, -1, dim), jnp.moveaxis(index, -1, dim)
 
 
-def _kept(values, index, shape, dim, keepdim):
-    """One element a row, `dim` kept as 1 or dropped."""
+def _kept(found, shape, dim, keepdim):
+    """Values and indices of one element a row, `dim` kept as 1 or dropped."""
+    values, index = found
     if shape and not keepdim:
         return jnp.squeeze(values, dim), jnp.squeeze(index, dim)
     return (values, index) if shape else (values.reshape(()), index.reshape(()))
@@ -72,7 +73,7 @@ def kthvalue(x, k, dim=-1, keepdim=False):
     at = slice(k - 1, k)
     if not values.size:  # nothing to choose from, or a dimension beside of no elements
         at = slice(0, 1)
-    return _kept(*(lax.slice_in_dim(a, at.start, at.stop, axis=dim) for a in (values, index)), x.shape, dim, keepdim)
+    return _kept((lax.slice_in_dim(a, at.start, at.stop, axis=dim) for a in (values, index)), x.shape, dim, keepdim)
 
 
 def _middle(x, dim, ignore_nan):
@@ -92,14 +93,14 @@ def _middle(x, dim, ignore_nan):
 def median_dim(x, dim, keepdim=False):
     """The lower median along `dim` and where it was."""
     dim = dimension(dim, x.ndim)
-    return _kept(*_middle(at_least_1d(x), dim, False), x.shape, dim, keepdim)
+    return _kept(_middle(at_least_1d(x), dim, False), x.shape, dim, keepdim)
 
 
 @lowering(aten.nanmedian.dim)
 def nanmedian_dim(x, dim, keepdim=False):
     """The lower median of what is not NaN along `dim` and where it was."""
     dim = dimension(dim, x.ndim)
-    return _kept(*_middle(at_least_1d(x), dim, True), x.shape, dim, keepdim)
+    return _kept(_middle(at_least_1d(x), dim, True), x.shape, dim, keepdim)
 
 
 def _none_of(x):
@@ -126,7 +127,7 @@ def mode(x, dim=-1, keepdim=False):
     full = jnp.moveaxis(at_least_1d(x), dim, -1)
     if not full.size:
         none = jnp.zeros((*full.shape[:-1], 1), full.dtype)
-        return _kept(*(jnp.moveaxis(a, -1, dim) for a in (none, none.astype(jnp.int32))), x.shape, dim, keepdim)
+        return _kept((jnp.moveaxis(a, -1, dim) for a in (none, none.astype(jnp.int32))), x.shape, dim, keepdim)
     values, index = _sorted(full, full.ndim - 1)
     n = full.shape[-1]
     at = iota(n, full.ndim, full.ndim - 1)
@@ -134,4 +135,4 @@ def mode(x, dim=-1, keepdim=False):
     begin = lax.cummax(jnp.where(first, at, 0), values.ndim - 1)
     best = jnp.argmax(at - begin, -1, keepdims=True).astype(jnp.int32)  # the first of the longest runs
     picked = (jnp.take_along_axis(a, best, -1, mode="clip") for a in (values, index))
-    return _kept(*(jnp.moveaxis(a, -1, dim) for a in picked), x.shape, dim, keepdim)
+    return _kept((jnp.moveaxis(a, -1, dim) for a in picked), x.shape, dim, keepdim)

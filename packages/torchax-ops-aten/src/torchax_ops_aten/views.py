@@ -1,5 +1,7 @@
 """Views: how each is read from its base, and how a new value of the view is written into the base."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -75,7 +77,7 @@ def permute(x, dims):
 
 @permute.inverse
 def _(base, value, dims):
-    return jnp.transpose(value, np.argsort([d % value.ndim for d in dims])) if value.ndim else value
+    return jnp.transpose(value, np.argsort([d % value.ndim for d in dims]).tolist()) if value.ndim else value
 
 
 # ---------------------------------------------------------------------- parts
@@ -196,7 +198,7 @@ def split_with_sizes(shape, split_sizes, dim=0):
     ):
         return None
     ends = np.cumsum([0, *split_sizes]).tolist()
-    return [(aten.slice.Tensor, dim, a, b, 1) for a, b in zip(ends, ends[1:], strict=False)]
+    return [(aten.slice.Tensor, dim, a, b, 1) for a, b in itertools.pairwise(ends)]
 
 
 @lowering(aten.unbind.int, kind="views")
@@ -216,12 +218,30 @@ def expand(x, size):
 
 
 @expand.inverse
-def _(base, value, size):  # every copy holds the same value: any of them will do
+def _(base, value, size):
+    """The copies are one element: whichever was written, through a view of the expanded tensor, decides."""
+    if not value.size:
+        return base
     lead = value.ndim - base.ndim
-    index = (0,) * lead + tuple(
-        slice(0, 1) if n == 1 and value.shape[lead + i] != 1 else slice(None) for i, n in enumerate(base.shape)
-    )
-    return value[index] if value.size else base
+    repeated = [i for i, n in enumerate(value.shape) if i < lead or (base.shape[i - lead] == 1 and n != 1)]
+    if not repeated:
+        return value.reshape(base.shape)
+    front = range(len(repeated))
+    copies = jnp.moveaxis(value, repeated, front)
+    before = jnp.moveaxis(jnp.broadcast_to(base, value.shape), repeated, front)
+    rest = copies.shape[len(repeated) :]
+    written = jnp.argmax(_differ(copies, before).reshape(-1, *rest), axis=0)
+    return jnp.take_along_axis(copies.reshape(-1, *rest), written[None], axis=0).reshape(base.shape)
+
+
+def _differ(a, b):
+    """Elementwise, whether the bits differ: NaN is itself here."""
+    if jnp.iscomplexobj(a):
+        return _differ(a.real, b.real) | _differ(a.imag, b.imag)
+    if jnp.issubdtype(a.dtype, jnp.floating):
+        bits = jnp.dtype(f"uint{8 * a.dtype.itemsize}")
+        a, b = lax.bitcast_convert_type(a, bits), lax.bitcast_convert_type(b, bits)
+    return a != b
 
 
 # ---------------------------------------------------------------------- parts of numbers

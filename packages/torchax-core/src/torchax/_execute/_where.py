@@ -12,9 +12,10 @@ import torch
 
 from .. import errors
 
-_INTERNAL = tuple(
-    os.path.dirname(os.path.abspath(f)) + os.sep for f in (errors.__file__, torch.__file__, jax.__file__)
-) + ("<",)
+_INTERNAL = (
+    *(os.path.dirname(os.path.abspath(f)) + os.sep for f in (errors.__file__, torch.__file__, jax.__file__)),
+    "<",
+)
 _OURS = tuple(f"torchax_{name}" + os.sep for name in ("ops_aten", "ops_pallas", "interop"))
 
 

@@ -1,0 +1,261 @@
+"""Plugins: who lowers what, priorities and conditions, ties, switching off, and plugins that are broken."""
+
+from __future__ import annotations
+
+import textwrap
+import warnings
+
+import jax.numpy as jnp
+import pytest
+import torch
+import torchax
+from helpers import run_python
+from torchax import errors, plugins
+from torchax.ops import Lowering, lowering
+
+MISSING_OP = "torchax_plugins::shifted"
+
+
+@pytest.fixture(scope="module")
+def ops():
+    """A library of ops that nobody lowers until a test's plugin does."""
+    lib = torch.library.Library("torchax_plugins", "DEF")
+    lib.define("shifted(Tensor x, float by=1.0) -> Tensor")
+    lib.define("shifted_(Tensor(a!) x, float by=1.0) -> Tensor(a!)")
+    lib.define("shifted.out(Tensor x, float by=1.0, *, Tensor(a!) out) -> Tensor(a!)")
+    lib.impl("shifted", lambda x, by=1.0: torch.empty_like(x), "Meta")
+    lib.impl("shifted_", lambda x, by=1.0: x, "Meta")
+    yield torch.ops.torchax_plugins
+    lib._destroy()
+
+
+@pytest.fixture
+def load():
+    """``load(name, lowerings...)`` registers a plugin object; all are gone when the test ends."""
+    names = []
+
+    def register(name, *lowerings, info=None, hooks=None):
+        class Plugin:
+            @plugins.hookimpl
+            def torchax_register_ops(self, registry):
+                for entry in lowerings:
+                    registry.add(entry)
+
+            @plugins.hookimpl
+            def torchax_plugin_info(self):
+                return info or {"name": name, "version": "1", "api": plugins.API_VERSION, "summary": "for a test", "url": ""}
+
+        for key, value in (hooks or {}).items():
+            setattr(Plugin, key, plugins.hookimpl(value))
+        names.append(name)
+        plugins.register(Plugin(), name)
+        return Plugin
+
+    yield register
+    for name in names:
+        if any(p.name == name for p in plugins.status()):
+            plugins.disable(name)
+            plugins._found.pop(name)
+            plugins._objects.pop(name, None)
+
+
+def shift(extra=0.0, **attributes):
+    return Lowering(op=MISSING_OP, fn=lambda x, by=1.0: x + by + extra, **attributes)
+
+
+def ones():
+    return torch.ones(2, device="jax")
+
+
+def test_a_plugin_serves_an_op_and_its_forms_follow(ops, load):
+    with pytest.raises(errors.OperatorNotFound):
+        ops.shifted(ones())
+    load("shifts", shift())
+    x = ones()
+    assert ops.shifted(x).tolist() == [2, 2] and ops.shifted(x, 3.0).tolist() == [4, 4]
+    assert ops.shifted_(x[1:], 2.0).tolist() == [3] and x.tolist() == [1, 3]
+    out = torch.empty(0, device="jax")
+    assert ops.shifted.out(x, 1.0, out=out) is out and out.tolist() == [2, 4]
+    assert ops.shifted(torch.ones(2, dtype=torch.int64, device="jax")).dtype == torch.int64, "the result has torch's dtype"
+    (status,) = [p for p in plugins.status() if p.name == "shifts"]
+    assert status.state == "loaded" and status.ops == 1 and status.info["summary"] == "for a test"
+
+
+def test_the_highest_priority_whose_conditions_hold_is_taken(ops, load):
+    load("base", shift(0))
+    load("floats", shift(10, priority=5, dtypes=(torch.float32,)))
+    load("vectors", shift(20, priority=7, when=lambda x, by=1.0: len(x.shape) == 1 and x.shape[0] > 3))
+    load("tpus", shift(30, priority=9, platforms=("tpu",)))
+    assert ops.shifted(ones())[0] == 12
+    assert ops.shifted(ones().double())[0] == 2
+    assert ops.shifted(torch.ones(4, device="jax"))[0] == 22
+    verdicts = torchax._registry.REGISTRY.explain(MISSING_OP, "cpu", torch.float32)
+    assert [v.lowering.provider for v in verdicts] == ["tpus", "vectors", "floats", "base"]
+    assert "platform" in verdicts[0].reason and any(v.taken for v in verdicts)
+
+
+def test_a_tie_names_both_plugins(ops, load):
+    load("first", shift(1))
+    load("second", shift(2))
+    with pytest.raises(errors.PluginError, match=r"'first'.*'second'.*same priority 0.*disable") as caught:
+        ops.shifted(ones())
+    assert MISSING_OP in str(caught.value)
+    plugins.disable("second")
+    assert ops.shifted(ones())[0] == 3
+
+
+def test_plugins_are_switched_off_and_on(ops, load):
+    load("switch", shift())
+    x = ones()
+    assert ops.shifted(x)[0] == 2
+    plugins.disable("switch")
+    with pytest.raises(errors.OperatorNotFound, match=r"not searched: .*switch \(disabled: torchax.plugins.disable\)"):
+        ops.shifted(x)
+    plugins.disable("switch")
+    plugins.enable("switch")
+    plugins.enable("switch")
+    assert ops.shifted(x)[0] == 2
+    for call in (plugins.disable, plugins.enable):
+        with pytest.raises(errors.PluginError, match="no plugin named 'nobody'; found: .*aten"):
+            call("nobody")
+
+
+def test_an_override_of_an_existing_op_and_back(load):
+    load("ours", Lowering(op="aten::sinc", fn=lambda x: x * 100, priority=1))
+    assert torch.sinc(ones())[0] == 100
+    plugins.disable("ours")
+    torch.testing.assert_close(torch.sinc(ones()).cpu(), torch.sinc(torch.ones(2)))
+
+
+def test_whole_ops_of_a_late_plugin_have_gradients(load):
+    load("whole", Lowering(op="aten::hardswish", fn=lambda x: x * 3.0, priority=3))
+    x = ones().requires_grad_()
+    y = torch.nn.functional.hardswish(x)
+    assert y.tolist() == [3, 3]
+
+
+def test_a_custom_op_of_torch_library_is_lowered_and_differentiable(load):
+    @torch.library.custom_op("torchax_plugins::cube", mutates_args=())
+    def cube(x: torch.Tensor) -> torch.Tensor:
+        return x**3
+
+    cube.register_fake(lambda x: torch.empty_like(x))
+    cube.register_autograd(lambda ctx, g: g * 3 * ctx.saved_tensors[0] ** 2, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+    @lowering("torchax_plugins::cube")
+    def lowered(x):
+        return x * x * x
+
+    load("cubes", *lowered.__torchax__)
+    x = torch.tensor([2.0, 3.0], device="jax", requires_grad=True)
+    y = cube(x)
+    y.sum().backward()
+    assert y.tolist() == [8, 27] and x.grad.tolist() == [12, 27] and cube(torch.ones(1)).item() == 1
+
+
+# Broken plugins ---------------------------------------------------------------------------------------------------
+
+
+def test_a_name_is_taken_once(load):
+    load("unique")
+    with pytest.raises(errors.PluginError, match="'unique' is loaded already"):
+        plugins.register(object(), "unique")
+
+
+@pytest.mark.parametrize("fault", ["raises", "exits", "wrong api", "twice", "no such hook"])
+def test_a_broken_plugin_is_refused_and_leaves_nothing_behind(ops, load, fault):
+    def register(self, registry):
+        registry.add(shift())
+        if fault == "raises":
+            raise ZeroDivisionError("oops")
+        if fault == "exits":
+            raise SystemExit(3)
+        if fault == "twice":
+            registry.add(shift())
+
+    hooks = {"torchax_register_ops": register}
+    if fault == "no such hook":
+        hooks["torchax_registr_ops"] = lambda self: None
+    info = {"name": "broken", "api": "9.0"} if fault == "wrong api" else None
+    with pytest.raises(errors.PluginError, match="broken"):
+        load("broken", hooks=hooks, info=info)
+    assert MISSING_OP not in torchax._registry.REGISTRY
+    (status,) = [p for p in plugins.status() if p.name == "broken"]
+    expected = {"raises": "ZeroDivisionError: oops", "exits": "SystemExit", "wrong api": "core API 9.0", "twice": "twice", "no such hook": "torchax_registr_ops"}
+    assert status.state == "quarantined" and expected[fault] in status.reason
+    with pytest.raises(errors.OperatorNotFound, match="quarantined"):
+        ops.shifted(ones())
+
+
+def test_plugins_declare_options(load):
+    load("options", hooks={"torchax_configure": lambda self, config: config.declare("test_plugin_mode", "a", choices=("a", "b"))})
+    try:
+        torchax.config.test_plugin_mode = "b"
+        with pytest.raises(ValueError, match="'a', 'b'"):
+            torchax.config.test_plugin_mode = "c"
+    finally:
+        torchax.config._options.pop("test_plugin_mode", None)
+
+
+# Installed plugins, in processes of their own ---------------------------------------------------------------------
+
+
+def installed(folder, name, body):
+    """An installed distribution with one entry point, as importlib.metadata sees it."""
+    (folder / f"{name}_plugin.py").write_text(textwrap.dedent(body))
+    info = folder / f"{name}_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[torchax.plugins]\n{name} = {name}_plugin\n")
+
+
+def test_broken_installed_plugins_are_quarantined_with_one_warning_each(tmp_path):
+    good = "import jax.numpy as jnp\nfrom torchax.plugins import hookimpl\n"
+    installed(tmp_path, "raising", "raise RuntimeError('on import')")
+    installed(tmp_path, "exiting", "import sys; sys.exit(3)")
+    installed(tmp_path, "future", good + "@hookimpl\ndef torchax_plugin_info(): return {'name': 'future', 'api': '2.0'}\n")
+    installed(tmp_path, "syntax", "def f(:\n")
+    installed(tmp_path, "fine", good + "@hookimpl\ndef torchax_plugin_info(): return {'name': 'fine', 'version': '1', 'api': '1.0'}\n")
+    installed(tmp_path, "unwanted", "raise RuntimeError('must not be imported')")
+    out = run_python(
+        "import warnings\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import torch, torchax\n"
+        "for w in seen:\n"
+        "    if 'torchax plugin' in str(w.message): print('WARNING', str(w.message).splitlines()[0])\n"
+        "for p in torchax.plugins.status(): print(p.name, p.state, p.reason, sep='|')\n"
+        "print((torch.ones(2, device='jax') + 1).tolist())\n",
+        PYTHONPATH=str(tmp_path),
+        TORCHAX_PLUGINS="-unwanted",
+    )
+    warned = [line for line in out.splitlines() if line.startswith("WARNING")]
+    assert len(warned) == 4 and all(sum(f"'{n}'" in line for line in warned) == 1 for n in ("raising", "exiting", "future", "syntax"))
+    assert "TORCHAX_PLUGINS=-raising" in out
+    state = {line.split("|")[0]: line.split("|")[1:] for line in out.splitlines() if "|" in line}
+    assert state["fine"][0] == "loaded" and state["aten"][0] == "loaded"
+    assert state["raising"] == ["quarantined", "its import failed: RuntimeError: on import"]
+    assert "SystemExit" in state["exiting"][1] and "core API 2.0" in state["future"][1]
+    assert state["unwanted"] == ["disabled", "TORCHAX_PLUGINS"]
+    assert out.splitlines()[-1] == "[2.0, 2.0]"
+
+
+def test_without_the_ops_of_pytorch():
+    out = run_python(
+        "import torch, torchax\n"
+        "x = torch.empty(2, device='jax')\n"
+        "print(x.device, x.detach().cpu().tolist())\n"
+        "try: x + 1\n"
+        "except torchax.errors.OperatorNotFound as e: print(e)\n",
+        TORCHAX_PLUGINS="-aten,-pallas",
+    )
+    assert out.splitlines()[0] == "jax:0 [0.0, 0.0]"
+    for part in ("aten::add.Tensor", "pip install torchax-ops-aten", "aten (disabled: TORCHAX_PLUGINS)", "fallback = 'cpu'"):
+        assert part in out
+
+
+def test_no_warning_where_nothing_is_wrong():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(p.state in ("loaded", "disabled", "quarantined") for p in plugins.status())
+        assert (jnp.ones(1) + 1)[0] == 2
