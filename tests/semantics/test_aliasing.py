@@ -70,7 +70,11 @@ NOT_WITH_GRADIENTS = {  # refused by torch, or done behind the graph's back
     "resize_", "set_", "set data", "int32", "data", "transpose_", "unsqueeze_", "squeeze_", "as_strided", "split", "unbind", "chunk",
 }  # fmt: skip
 steps = st.lists(
-    st.tuples(st.integers(0, 99), st.sampled_from([*VIEWS, *VIEWS, *WRITES]), st.integers(0, 5), st.sampled_from([1, 2, -3])), min_size=4, max_size=10
+    st.tuples(
+        st.integers(0, 99), st.sampled_from([*VIEWS, *VIEWS, *WRITES]), st.integers(0, 5), st.sampled_from([1, 2, -3])
+    ),
+    min_size=4,
+    max_size=10,
 )
 
 
@@ -86,11 +90,18 @@ def overlaps(t: torch.Tensor) -> bool:
 
 def compare(cpus, others, log):
     for a, b in zip(cpus, others, strict=True):
-        assert (a.shape, a.stride(), a.storage_offset(), a.dtype) == (b.shape, b.stride(), b.storage_offset(), b.dtype), log
+        assert (a.shape, a.stride(), a.storage_offset(), a.dtype) == (
+            b.shape,
+            b.stride(),
+            b.storage_offset(),
+            b.dtype,
+        ), log
         assert a._version == b._version and a.is_contiguous() == b.is_contiguous(), log
         x, y = a, b.cpu()
         if a.dtype == torch.float32:
-            assert torch.equal(x.contiguous().view(torch.int32) & ~1, y.contiguous().view(torch.int32) & ~1) or torch.allclose(x, y, equal_nan=True), log
+            assert torch.equal(
+                x.contiguous().view(torch.int32) & ~1, y.contiguous().view(torch.int32) & ~1
+            ) or torch.allclose(x, y, equal_nan=True), log
         else:
             assert torch.equal(x, y), log
     for i in range(len(cpus)):
@@ -122,7 +133,11 @@ def run(shape, program, requires_grad=False):
                 results.append((None, error))
         (a, failed), (b, other_failed) = results
         log.append((i, name, n, k))
-        assert (failed is None) == (other_failed is None) and type(failed) is type(other_failed), (log, failed, other_failed)
+        assert (failed is None) == (other_failed is None) and type(failed) is type(other_failed), (
+            log,
+            failed,
+            other_failed,
+        )
         if view and failed is None and a is not None and len(cpus) < 8:
             assert (a is cpus[i]) == (b is others[i]), log
             cpus.append(a)

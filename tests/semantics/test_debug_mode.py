@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 import torch
 import torchax
-from helpers import assert_same
 from torchax import _missing, errors, plugins
 from torchax._registry import Lowering
+
+from helpers import assert_same
 
 
 @pytest.fixture
@@ -60,7 +61,10 @@ def test_a_failing_lowering_is_named_with_the_users_line(failing, mode):
 
 def test_debug_mode_names_the_op_that_failed_on_the_device(failing):
     x = torch.ones(3, device="jax")
-    with torchax.config.override(eager="debug"), pytest.raises(errors.LoweringError, match=r"torchax_failing::late.*test_debug_mode"):
+    with (
+        torchax.config.override(eager="debug"),
+        pytest.raises(errors.LoweringError, match=r"torchax_failing::late.*test_debug_mode"),
+    ):
         failing.late(x)
     assert (x + 1).tolist() == [2, 2, 2]
 

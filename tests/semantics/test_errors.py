@@ -29,7 +29,13 @@ def test_a_missing_op_says_what_to_do(library):
         library.absent(x)
     text = str(caught.value)
     assert isinstance(caught.value, NotImplementedError)
-    for part in ("torchax_errors::absent", "Tensor x, float k=1", "Plugins searched: aten", "write a lowering", 'fallback = \'cpu\''):
+    for part in (
+        "torchax_errors::absent",
+        "Tensor x, float k=1",
+        "Plugins searched: aten",
+        "write a lowering",
+        "fallback = 'cpu'",
+    ):
         assert part in text, text
     with pytest.raises(errors.OperatorNotFound, match=r"torchax_errors::absent\.other"):
         library.absent.other(x, x)
@@ -61,7 +67,9 @@ BAD = {
     "mean of ints": lambda d: torch.ones(2, dtype=torch.int64, device=d).mean(),
     "max of nothing": lambda d: torch.ones(0, device=d).max(),
     "reshape": lambda d: torch.ones(6, device=d).reshape(4, 2),
-    "conv channels": lambda d: torch.nn.functional.conv2d(torch.ones(1, 2, 4, 4, device=d), torch.ones(1, 3, 2, 2, device=d)),
+    "conv channels": lambda d: torch.nn.functional.conv2d(
+        torch.ones(1, 2, 4, 4, device=d), torch.ones(1, 3, 2, 2, device=d)
+    ),
     "conv size": lambda d: torch.nn.functional.conv1d(torch.ones(1, 1, 2, device=d), torch.ones(1, 1, 5, device=d)),
     "layer_norm": lambda d: torch.nn.functional.layer_norm(torch.ones(2, 3, device=d), (4,)),
     "bitwise of floats": lambda d: torch.ones(2, device=d) & torch.ones(2, device=d),
@@ -70,7 +78,9 @@ BAD = {
     "gather": lambda d: torch.ones(2, 2, device=d).gather(0, torch.ones(2, 2, device=d)),
     "where": lambda d: torch.where(torch.ones(2, device=d), 1.0, torch.ones(2, device=d)),
     "einsum": lambda d: torch.einsum("ij,jk->ik", torch.ones(2, 3, device=d), torch.ones(2, 3, device=d)),
-    "cross_entropy": lambda d: torch.nn.functional.cross_entropy(torch.ones(2, 3, device=d), torch.zeros(3, dtype=torch.int64, device=d)),
+    "cross_entropy": lambda d: torch.nn.functional.cross_entropy(
+        torch.ones(2, 3, device=d), torch.zeros(3, dtype=torch.int64, device=d)
+    ),
     "arange": lambda d: torch.arange(0, 5, -1, device=d),
     "negative size": lambda d: torch.ones(-1, device=d),
     "eye": lambda d: torch.eye(-1, device=d),
@@ -92,7 +102,9 @@ def test_wrong_arguments_get_torchs_error(name):
         BAD[name]("cpu")
     with pytest.raises(type(want.value)) as got:
         BAD[name]("jax")
-    normal = lambda e: re.sub(r"(?i)jax(:0)?|cpu|lazy|meta", "", re.sub(r"\s+", " ", str(e.value)))[:60].replace("torch.float32", "float")
+    normal = lambda e: re.sub(
+        r"(?i)jax(:0)?|cpu|lazy|meta", "", re.sub(r"\s+", " ", str(e.value).replace("torch.float32", "float"))
+    )[:60]
     assert normal(got) == normal(want)
 
 
@@ -116,7 +128,11 @@ def test_values_are_not_there_while_tracing(name):
     assert "trac" in str(caught.value).lower()
 
 
-@pytest.mark.parametrize("op", [lambda t: t[t > 0], lambda t: t.nonzero(), lambda t: t.unique(), lambda t: t.masked_select(t > 0)], ids=["mask", "nonzero", "unique", "masked_select"])
+@pytest.mark.parametrize(
+    "op",
+    [lambda t: t[t > 0], lambda t: t.nonzero(), lambda t: t.unique(), lambda t: t.masked_select(t > 0)],
+    ids=["mask", "nonzero", "unique", "masked_select"],
+)
 def test_shapes_that_depend_on_values_are_refused_while_tracing(op):
     assert op(torch.tensor([1.0, -1.0], device="jax")) is not None
     with pytest.raises(errors.DataDependentShape, match="depends on values"):
@@ -150,7 +166,11 @@ def test_donated_buffers_are_named():
 
 
 def test_every_error_of_ours_has_one_base():
-    ours = [v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, Exception) and v.__module__ == errors.__name__]
+    ours = [
+        v
+        for v in vars(errors).values()
+        if isinstance(v, type) and issubclass(v, Exception) and v.__module__ == errors.__name__
+    ]
     assert len(ours) >= 10 and all(issubclass(e, errors.TorchaxError) and e.__doc__ for e in ours)
 
 

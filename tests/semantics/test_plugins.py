@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import pytest
 import torch
 import torchax
-from helpers import run_python
 from torchax import errors, plugins
 from torchax.ops import Lowering, lowering
+
+from helpers import run_python
 
 MISSING_OP = "torchax_plugins::shifted"
 
@@ -43,7 +44,13 @@ def load():
 
             @plugins.hookimpl
             def torchax_plugin_info(self):
-                return info or {"name": name, "version": "1", "api": plugins.API_VERSION, "summary": "for a test", "url": ""}
+                return info or {
+                    "name": name,
+                    "version": "1",
+                    "api": plugins.API_VERSION,
+                    "summary": "for a test",
+                    "url": "",
+                }
 
         for key, value in (hooks or {}).items():
             setattr(Plugin, key, plugins.hookimpl(value))
@@ -76,7 +83,9 @@ def test_a_plugin_serves_an_op_and_its_forms_follow(ops, load):
     assert ops.shifted_(x[1:], 2.0).tolist() == [3] and x.tolist() == [1, 3]
     out = torch.empty(0, device="jax")
     assert ops.shifted.out(x, 1.0, out=out) is out and out.tolist() == [2, 4]
-    assert ops.shifted(torch.ones(2, dtype=torch.int64, device="jax")).dtype == torch.int64, "the result has torch's dtype"
+    assert ops.shifted(torch.ones(2, dtype=torch.int64, device="jax")).dtype == torch.int64, (
+        "the result has torch's dtype"
+    )
     (status,) = [p for p in plugins.status() if p.name == "shifts"]
     assert status.state == "loaded" and status.ops == 1 and status.info["summary"] == "for a test"
 
@@ -140,7 +149,10 @@ def test_a_custom_op_of_torch_library_is_lowered_and_differentiable(load):
         return x**3
 
     cube.register_fake(lambda x: torch.empty_like(x))
-    cube.register_autograd(lambda ctx, g: g * 3 * ctx.saved_tensors[0] ** 2, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    cube.register_autograd(
+        lambda ctx, g: g * 3 * ctx.saved_tensors[0] ** 2,
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
 
     @lowering("torchax_plugins::cube")
     def lowered(x):
@@ -181,14 +193,23 @@ def test_a_broken_plugin_is_refused_and_leaves_nothing_behind(ops, load, fault):
         load("broken", hooks=hooks, info=info)
     assert MISSING_OP not in torchax._registry.REGISTRY
     (status,) = [p for p in plugins.status() if p.name == "broken"]
-    expected = {"raises": "ZeroDivisionError: oops", "exits": "SystemExit", "wrong api": "core API 9.0", "twice": "twice", "no such hook": "torchax_registr_ops"}
+    expected = {
+        "raises": "ZeroDivisionError: oops",
+        "exits": "SystemExit",
+        "wrong api": "core API 9.0",
+        "twice": "twice",
+        "no such hook": "torchax_registr_ops",
+    }
     assert status.state == "quarantined" and expected[fault] in status.reason
     with pytest.raises(errors.OperatorNotFound, match="quarantined"):
         ops.shifted(ones())
 
 
 def test_plugins_declare_options(load):
-    load("options", hooks={"torchax_configure": lambda self, config: config.declare("test_plugin_mode", "a", choices=("a", "b"))})
+    load(
+        "options",
+        hooks={"torchax_configure": lambda self, config: config.declare("test_plugin_mode", "a", choices=("a", "b"))},
+    )
     try:
         torchax.config.test_plugin_mode = "b"
         with pytest.raises(ValueError, match="'a', 'b'"):
@@ -213,9 +234,15 @@ def test_broken_installed_plugins_are_quarantined_with_one_warning_each(tmp_path
     good = "import jax.numpy as jnp\nfrom torchax.plugins import hookimpl\n"
     installed(tmp_path, "raising", "raise RuntimeError('on import')")
     installed(tmp_path, "exiting", "import sys; sys.exit(3)")
-    installed(tmp_path, "future", good + "@hookimpl\ndef torchax_plugin_info(): return {'name': 'future', 'api': '2.0'}\n")
+    installed(
+        tmp_path, "future", good + "@hookimpl\ndef torchax_plugin_info(): return {'name': 'future', 'api': '2.0'}\n"
+    )
     installed(tmp_path, "syntax", "def f(:\n")
-    installed(tmp_path, "fine", good + "@hookimpl\ndef torchax_plugin_info(): return {'name': 'fine', 'version': '1', 'api': '1.0'}\n")
+    installed(
+        tmp_path,
+        "fine",
+        good + "@hookimpl\ndef torchax_plugin_info(): return {'name': 'fine', 'version': '1', 'api': '1.0'}\n",
+    )
     installed(tmp_path, "unwanted", "raise RuntimeError('must not be imported')")
     out = run_python(
         "import warnings\n"
@@ -230,7 +257,9 @@ def test_broken_installed_plugins_are_quarantined_with_one_warning_each(tmp_path
         TORCHAX_PLUGINS="-unwanted",
     )
     warned = [line for line in out.splitlines() if line.startswith("WARNING")]
-    assert len(warned) == 4 and all(sum(f"'{n}'" in line for line in warned) == 1 for n in ("raising", "exiting", "future", "syntax"))
+    assert len(warned) == 4 and all(
+        sum(f"'{n}'" in line for line in warned) == 1 for n in ("raising", "exiting", "future", "syntax")
+    )
     assert "TORCHAX_PLUGINS=-raising" in out
     state = {line.split("|")[0]: line.split("|")[1:] for line in out.splitlines() if "|" in line}
     assert state["fine"][0] == "loaded" and state["aten"][0] == "loaded"
@@ -250,7 +279,12 @@ def test_without_the_ops_of_pytorch():
         TORCHAX_PLUGINS="-aten,-pallas",
     )
     assert out.splitlines()[0] == "jax:0 [0.0, 0.0]"
-    for part in ("aten::add.Tensor", "pip install torchax-ops-aten", "aten (disabled: TORCHAX_PLUGINS)", "fallback = 'cpu'"):
+    for part in (
+        "aten::add.Tensor",
+        "pip install torchax-ops-aten",
+        "aten (disabled: TORCHAX_PLUGINS)",
+        "fallback = 'cpu'",
+    ):
         assert part in out
 
 

@@ -31,7 +31,7 @@ def train(device, seed, steps=3):
     opt = torch.optim.SGD(w, lr=0.05, momentum=0.9)
     for _ in range(steps):
         opt.zero_grad()
-        h = (x @ w[0] + w[1]).tanh()
+        h = (x @ w[0] + w[1]).tanh() * 1
         h[:, 0] *= 2
         ((h @ w[2] - y) ** 2).mean().backward()
         opt.step()
@@ -79,7 +79,9 @@ def test_threads_share_a_tensor():
     x = torch.arange(100.0, device="jax")
     views = [x[i * 10 : (i + 1) * 10] for i in range(4)]
     sums = in_threads(4, lambda i: [(views[i] * 2).sum().item() for _ in range(20)])
-    assert [s[0] for s in sums] == [2 * sum(range(i * 10, i * 10 + 10)) for i in range(4)] and all(len(set(s)) == 1 for s in sums)
+    assert [s[0] for s in sums] == [2 * sum(range(i * 10, i * 10 + 10)) for i in range(4)] and all(
+        len(set(s)) == 1 for s in sums
+    )
 
 
 def test_grad_modes_autocast_and_current_device_are_the_threads_own(jax_devices):

@@ -206,7 +206,11 @@ def _flat_grown(value: Any, geometry: TensorMeta, n: int) -> Any:
 @core_rule("aten::is_set_to")
 def is_set_to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     a, b = args
-    return a._s is b._s and a.storage_offset() == b.storage_offset() and (a._m.shape, a._m.strides) == (b._m.shape, b._m.strides)
+    return (
+        a._s is b._s
+        and a.storage_offset() == b.storage_offset()
+        and (a._m.shape, a._m.strides) == (b._m.shape, b._m.strides)
+    )
 
 
 @core_rule("aten::record_stream")

@@ -91,7 +91,9 @@ def cpu_error(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Excep
                 if math.prod(x._m.shape) > _CPU_COPY_LIMIT:
                     raise MemoryError
                 return torch.zeros(x._m.shape, dtype=x._m.dtype)
-            filled = torch.ones if x._m.dtype.is_floating_point else torch.zeros  # weights that sum up, indices in range
+            filled = (
+                torch.ones if x._m.dtype.is_floating_point else torch.zeros
+            )  # weights that sum up, indices in range
             size = 1 + sum((n - 1) * s for n, s in zip(x._m.shape, x._m.strides, strict=True)) if x._m.numel else 0
             if size <= _CPU_COPY_LIMIT:  # with its strides, by which some ops judge
                 return filled(size, dtype=x._m.dtype).as_strided(x._m.shape, x._m.strides)

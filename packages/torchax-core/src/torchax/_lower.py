@@ -215,3 +215,14 @@ def op_by_op(func: Any, decompose: Callable[..., Any], args: tuple[Any, ...], kw
         return missing(func, args, kwargs)
     with _decomposing(func), torch.no_grad():
         return decompose(*args, **kwargs)
+
+
+def composite_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """An op that torch takes apart; it arrives whole in inference mode only. Its parts may be views, so each is run by itself."""
+    if is_composite_implicit(func):
+        return lambda args, kwargs: func.decompose(*args, **kwargs)
+    way = decomposition(func)
+    if way is None:
+        return lambda args, kwargs: missing(func, args, kwargs)
+
+    return lambda args, kwargs: op_by_op(func, way[1], args, kwargs)

@@ -57,11 +57,7 @@ def install() -> None:
 
 def _kernel(op: Any, target: Callable[[list[torch.Tensor]], torch.dtype]) -> Callable[..., Any]:
     def autocast(*args: Any, **kwargs: Any) -> Any:
-        flat = [
-            x
-            for x in tree_leaves((args, kwargs))
-            if isinstance(x, torch.Tensor) and x.dtype in _FLOATS
-        ]
+        flat = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dtype in _FLOATS]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_KEY)):
             if not flat:
                 return op(*args, **kwargs)

@@ -139,7 +139,11 @@ def host_array(value: Any, what: str) -> np.ndarray:
     if isinstance(value, jax.core.Tracer):
         from ._execute._where import user_line
 
-        when = "is being traced" if state.executor.owner is not None else "belongs to a function whose tracing has ended (or goes on)"
+        when = (
+            "is being traced"
+            if state.executor.owner is not None
+            else "belongs to a function whose tracing has ended (or goes on)"
+        )
         raise errors.TracerEscaped(
             f"{what} needs the values of a tensor that {when}{user_line()}; inside a compiled function use torch.where, "
             "torch.cond or tensor arithmetic instead of Python numbers, or do this outside of it"

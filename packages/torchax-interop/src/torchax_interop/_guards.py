@@ -74,4 +74,3 @@ class Guards:
             if (storage in self.captured or i in self.replaced) and self.replaced.get(i) is not storage:
                 return f"argument {i} shares memory with a tensor that the function uses by itself"
         return None
-

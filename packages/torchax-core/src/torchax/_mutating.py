@@ -1,0 +1,169 @@
+"""In-place and ``out=`` forms of every op, from its functional form and the schema's alias annotations."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import _core_ops, convert
+from ._dispatch import RULES
+from ._execute import state
+from ._functional import FunctionalRule, fresh_returns, unwrapped, wrap_nest
+from ._infer import NoMeta, infer
+from ._lower import composite_rule
+from ._placing import device_index, mixed_devices
+from ._signature import Signature
+from ._storage import TensorMeta
+from ._twins import functional_twin
+from .tensor import Tensor
+
+
+def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """In-place and ``out=`` forms, from the functional op."""
+    twin = functional_twin(func)
+    if twin is None:
+        return composite_rule(func)
+    schema = func._schema
+    written = [(i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    outs = [a.name for _, a in written if a.is_out]
+    takes_dtype = (
+        bool(outs)
+        and any(a.name == "dtype" for a in twin._schema.arguments)
+        and not any("Tensor" in str(a.type) for a in twin._schema.arguments)
+    )
+    checked: set[Any] = set()
+    signature = Signature(func, (), numbers=True)
+    needed, defaults = _defaults_of(func, twin)
+    bumps = schema.name.startswith("aten::_foreach_") and not outs  # torch leaves their versions to the device
+    returned = [_alias_index(written, r) for r in schema.returns if r.alias_info is not None]
+
+    def rule(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(args) < needed:
+            args = (*args, *defaults[len(args) - needed :])
+        key = None
+        if outs:
+            kwargs = dict(kwargs)
+            targets: list[Any] = [kwargs.pop(name) for name in outs]
+            if takes_dtype:
+                kwargs = {**kwargs, "dtype": targets[0].dtype, "device": targets[0].device}
+        else:
+            targets = [args[i] if i < len(args) else kwargs.get(a.name) for i, a in written]
+            key = signature.bind(args, kwargs)[0]
+            if key in checked:
+                key = None
+            else:
+                check_inplace(func, args, kwargs, targets)
+        values, metas = _run_raw(twin, args, kwargs)
+        if len(targets) == 1 and (type(metas) is TensorMeta or not schema.returns):
+            values, metas = (values,), (metas,)
+        fresh = 0 if outs else fresh_returns(func)
+        if outs:
+            for target, meta in zip(targets, metas, strict=False):
+                prepare_out(target, meta, func)
+        if key is not None:
+            for target, meta in zip(targets, metas[fresh:], strict=False):
+                check_cast(meta, target)
+            checked.add(key)
+        for target, value, meta in zip(targets, values[fresh:], metas[fresh:], strict=False):
+            _write(target, value, meta)
+        if bumps:
+            torch.autograd.graph.increment_version([t for listed in targets for t in listed if not t.is_inference()])
+        if fresh:
+            results = [wrap_nest(v, m) for v, m in zip(values[:fresh], metas[:fresh], strict=True)]
+            return results[0] if len(results) == 1 and len(schema.returns) == 1 else tuple(results)
+        if not schema.returns:
+            return None
+        return targets[returned[0]] if len(returned) == 1 else tuple([targets[i] for i in returned])
+
+    return rule
+
+
+def _defaults_of(func: Any, twin: Any) -> tuple[int, tuple[Any, ...]]:
+    """What calls may leave out, but the twin wants (``bernoulli_(p=0.5)``): the number of arguments then, and the last ones."""
+    wanted = {a.name for a in twin._schema.arguments if not a.has_default_value()}
+    own = [a for a in func._schema.arguments if not a.kwarg_only]
+    defaults = [(i + 1, a.default_value) for i, a in enumerate(own) if a.has_default_value() and a.name in wanted]
+    return (defaults[-1][0], tuple(value for _, value in defaults)) if defaults else (0, ())
+
+
+def _alias_index(written: list[tuple[int, Any]], returned: Any) -> int:
+    """Which of the written arguments a result is."""
+    return next((i for i, (_, a) in enumerate(written) if a.alias_info.before_set == returned.alias_info.before_set), 0)
+
+
+def _run_raw(twin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    rule = RULES[twin]
+    return rule.raw(args, kwargs) if type(rule) is FunctionalRule else unwrapped(rule(args, kwargs))
+
+
+def _write(target: Any, value: Any, meta: Any) -> None:
+    if isinstance(target, list | tuple):
+        for t, v, m in zip(target, value, meta, strict=True):
+            _write(t, v, m)
+    elif target is not None:
+        tm = target._m
+        if meta is not tm and (meta.shape != tm.shape or meta.dtype is not tm.dtype):
+            value = convert.fit(value, meta, tm)
+        state.executor.write(target, value)
+
+
+def check_inplace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], targets: list[Any]) -> None:
+    """torch's own refusals of an in-place call: broadcasting, casts, overlapping memory. Nothing has been changed yet."""
+    index = device_index(func, args, kwargs)
+    flat = [
+        t for target in targets for t in (target if isinstance(target, list | tuple) else (target,)) if t is not None
+    ]
+    for t in flat:
+        if any(stride == 0 and size > 1 for size, stride in zip(t._m.shape, t._m.strides, strict=True)) and not _fills(
+            func
+        ):
+            raise RuntimeError(
+                "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
+                "Please clone() the tensor before performing the operation."
+            )
+    try:
+        infer(func, args, kwargs, index, fresh=True)
+    except NoMeta:
+        return
+
+
+def check_cast(meta: Any, target: Any) -> None:
+    """torch's refusal of a result that the written tensor's dtype cannot hold (floats into integers)."""
+    if isinstance(target, list | tuple):
+        for m, t in zip(meta, target, strict=False):
+            check_cast(m, t)
+    elif type(meta) is TensorMeta and target is not None and not torch.can_cast(meta.dtype, target.dtype):
+        raise RuntimeError(
+            f"result type {_scalar_name(meta.dtype)} can't be cast to the desired output type {_scalar_name(target.dtype)}"
+        )
+
+
+def _fills(func: Any) -> bool:
+    return func._schema.name in ("aten::fill_", "aten::zero_")
+
+
+def prepare_out(out: Tensor, meta: Any, func: Any) -> None:
+    """Resize ``out=`` to the result as torch does, after checking that the result can be cast to its dtype."""
+    if not isinstance(meta, TensorMeta):
+        return
+    if type(out) is not Tensor or out._m.index != meta.index:
+        raise mixed_devices(f"jax:{meta.index}", str(out.device), func)
+    check_cast(meta, out)
+    if out._m.shape != meta.shape:
+        if out._m.numel:
+            warnings.warn(
+                f"An output with one or more elements was resized since it had shape {list(out._m.shape)}, which does not match the "
+                f"required output shape {list(meta.shape)}. This behavior is deprecated, and in a future PyTorch release outputs will "
+                "not be resized unless they have zero elements. You can explicitly reuse an out tensor t by resizing it, inplace, to "
+                "zero elements with t.resize_(0).",
+                UserWarning,
+                stacklevel=2,
+            )
+        _core_ops.resize(out, meta.shape, meta.strides)
+
+
+def _scalar_name(dtype: torch.dtype) -> str:
+    return torch.empty(0, dtype=dtype, device="meta").type().split(".")[-1].removesuffix("Tensor")
