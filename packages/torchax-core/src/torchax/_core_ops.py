@@ -76,7 +76,7 @@ def empty_strided(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return _zeros(meta)
     need = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if meta.numel else 0
     base = _zeros(dense_meta((need,), dtype, meta.index))
-    return make(base._s, meta, strided_view(base._s.geometry, size, stride, 0))
+    return make(base._s, meta, strided_view(base._s.geometry, meta, 0))
 
 
 def _packed(meta: TensorMeta) -> tuple[int, ...]:
@@ -182,14 +182,15 @@ def resize(t: Tensor, size: tuple[int, ...], strides: tuple[int, ...]) -> None:
         if geometry.numel == 0 and t._v is None:
             become(t, _zeros(meta))
             return
+        elements = -(-need * meta.jax_dtype.itemsize // geometry.jax_dtype.itemsize)
         grown = wrap(
-            _flat_grown(state.executor.load(storage), geometry, need),
-            dense_meta((need,), geometry.dtype, geometry.index),
+            _flat_grown(state.executor.load(storage), geometry, elements),
+            dense_meta((elements,), geometry.dtype, geometry.index),
         )
         storage = grow(storage, grown._s)
         geometry = storage.geometry
-    whole = offset == 0 and size == geometry.shape and strides == geometry.strides
-    become(t, make(storage, meta, None if whole else strided_view(geometry, size, strides, offset)))
+    whole = offset == 0 and meta is geometry
+    become(t, make(storage, meta, None if whole else strided_view(geometry, meta, offset)))
 
 
 def _flat_grown(value: Any, geometry: TensorMeta, n: int) -> Any:

@@ -69,7 +69,7 @@ def tensor_on_storage(t: Tensor, storage: Any, offset: int = 0, size: Any = None
         size = (geometry.numel,) if size is None else tuple(size)
         stride = contiguous_strides(size) if not stride else tuple(stride)
         meta = meta_of(size, stride, t.dtype, geometry.index)
-        return make(storage._storage, meta, strided_view(geometry, size, stride, offset))
+        return make(storage._storage, meta, strided_view(geometry, meta, offset))
     cpu = torch.empty(0, dtype=t.dtype)
     source = getattr(storage, "source", storage)
     if size is None:

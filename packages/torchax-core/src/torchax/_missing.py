@@ -83,7 +83,7 @@ def on_cpu(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         base = storages.get(x.untyped_storage()._cdata)
         if base is not None:  # a view
             shape, strides = tuple(x.shape), tuple(x.stride())
-            view = strided_view(base._s.geometry, shape, strides, base.storage_offset() + int(x.storage_offset()))
+            view = strided_view(base._s.geometry, meta, base.storage_offset() + int(x.storage_offset()))
             return make(base._s, meta_of(shape, strides, x.dtype, index), view)
         return convert.from_cpu(x, index)
 

@@ -109,7 +109,8 @@ def as_strided(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def _window(t: Tensor, m: torch.Tensor, offset: int) -> Tensor:
     shape, strides = tuple(m.shape), tuple(m.stride())
-    return make(t._s, meta_of(shape, strides, m.dtype, t._m.index), strided_view(t._s.geometry, shape, strides, offset))
+    meta = meta_of(shape, strides, m.dtype, t._m.index)
+    return make(t._s, meta, strided_view(t._s.geometry, meta, offset))
 
 
 def inplace_view_rule(func: Any) -> Rule:

@@ -11,9 +11,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ._execute import Program
 from ._storage import TensorMeta, physical_order, strided_indices
+
+
+_BETWEEN_TYPES = ("aten::view.dtype", "aten::as_strided(dtype)")
 
 
 class Step:
@@ -97,7 +101,7 @@ class Chain:
 
     @property
     def _wide(self) -> bool:  # view(dtype) may pass through a wider type than the storage's
-        return self.geometry.wide or any(step.name == "aten::view.dtype" for step in self.steps)
+        return self.geometry.wide or any(step.name in _BETWEEN_TYPES for step in self.steps)
 
 
 class View:
@@ -130,33 +134,60 @@ def intern_step(
     return step
 
 
-def strided_view(geometry: TensorMeta, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> View:
-    """The view `as_strided` makes of a storage: it counts in the storage's memory, whatever view it came from."""
-    step = intern_step("aten::as_strided", _strided_read, _strided_write, (geometry, shape, strides, offset), 0)
+def strided_view(geometry: TensorMeta, meta: TensorMeta, offset: int) -> View:
+    """The view `as_strided` makes of a storage: it counts in the storage's memory, whatever view it came from.
+
+    Args:
+        geometry: of the storage.
+        meta: of the view. It may have another dtype: it then counts in its own elements, over the same bytes.
+        offset: where the view begins, in elements of the view.
+    """
+    name = "aten::as_strided" if meta.dtype is geometry.dtype else "aten::as_strided(dtype)"
+    step = intern_step(name, _strided_read, _strided_write, (geometry, meta, offset), 0)
     return View(root(geometry).then(step), (), offset)
 
 
-def _strided_read(
-    payload: Any, geometry: TensorMeta, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
-) -> Any:
-    flat = _flat(payload, geometry)
-    index = strided_indices(shape, strides, offset).reshape(-1)
+def _strided_read(payload: Any, geometry: TensorMeta, meta: TensorMeta, offset: int) -> Any:
+    flat = _reinterpreted(_flat(payload, geometry), meta.jax_dtype)
+    index = strided_indices(meta.shape, meta.strides, offset).reshape(-1)
     if (
         index.size
         and index[-1] - index[0] + 1 == index.size
         and np.array_equal(index, np.arange(index[0], index[0] + index.size))
     ):
-        return flat[int(index[0]) : int(index[0]) + index.size].reshape(shape)  # one dense run: no gather
-    return flat[index.astype(np.int32 if payload.size < 2**31 else np.int64)].reshape(shape)
+        return flat[int(index[0]) : int(index[0]) + index.size].reshape(meta.shape)  # one dense run: no gather
+    return flat[index.astype(np.int32 if flat.size < 2**31 else np.int64)].reshape(meta.shape)
 
 
-def _strided_write(
-    payload: Any, value: Any, geometry: TensorMeta, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
-) -> Any:
-    index = strided_indices(shape, strides, offset).reshape(-1).astype(np.int32 if payload.size < 2**31 else np.int64)
-    flat = _flat(payload, geometry).at[index].set(value.reshape(-1), mode="promise_in_bounds")
+def _strided_write(payload: Any, value: Any, geometry: TensorMeta, meta: TensorMeta, offset: int) -> Any:
+    before = _flat(payload, geometry)
+    flat = _reinterpreted(before, meta.jax_dtype)
+    index = strided_indices(meta.shape, meta.strides, offset).reshape(-1)
+    index = index.astype(np.int32 if flat.size < 2**31 else np.int64)
+    after = _reinterpreted(flat.at[index].set(value.reshape(-1), mode="promise_in_bounds"), geometry.jax_dtype)
+    if after.size < before.size:  # bytes at the end that make no whole element of the view
+        after = jnp.concatenate([after, before[after.size :]])
     order = physical_order(geometry)
-    return jnp.transpose(flat.reshape([geometry.shape[i] for i in order]), np.argsort(order).tolist())
+    return jnp.transpose(after.reshape([geometry.shape[i] for i in order]), np.argsort(order).tolist())
+
+
+def _reinterpreted(flat: Any, dtype: np.dtype) -> Any:
+    """The bytes of a flat array as numbers of another dtype; those at the end that make no whole number are dropped."""
+    if flat.dtype == dtype:
+        return flat
+    if flat.dtype.kind == "c":
+        flat = jnp.stack([flat.real, flat.imag], -1).reshape(-1)
+    elif flat.dtype == np.bool_:
+        flat = flat.astype(np.uint8)
+    plain = np.dtype(f"f{dtype.itemsize // 2}") if dtype.kind == "c" else np.dtype(np.uint8) if dtype == np.bool_ else dtype
+    parts = plain.itemsize // flat.dtype.itemsize
+    if parts > 1:
+        flat = flat[: flat.size // parts * parts].reshape(-1, parts)
+    flat = lax.bitcast_convert_type(flat, plain).reshape(-1)
+    if dtype.kind == "c":
+        pairs = flat[: flat.size // 2 * 2].reshape(-1, 2)
+        return lax.complex(pairs[:, 0], pairs[:, 1])
+    return flat != 0 if dtype == np.bool_ else flat
 
 
 def _flat(payload: Any, geometry: TensorMeta) -> Any:

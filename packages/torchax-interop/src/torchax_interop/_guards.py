@@ -35,11 +35,12 @@ class Guards:
         self.members = [t for table in self.tables for t in table.values()]
         self.tensors = list(recording.tensors.values())
         self.storages = [t._s for t in self.tensors]
-        self.requires_grad = [t.requires_grad for t in self.tensors]
+        self.differentiated = self.tensors if torch.is_grad_enabled() else []  # else nobody asks
+        self.requires_grad = [t.requires_grad for t in self.differentiated]
         self.settings = recording.settings
         self.optimizers = list(recording.optimizers.values())
+        # a gradient that was replaced unread does not matter
         self.without_grad = [t for t, g in grads.values() if g is None]
-        self.with_grad = [t for t, g in grads.values() if g is not None]
         captured = recording.captured
         self.exact_grads = [(t, g) for t, g in grads.values() if type(g) is Tensor and g._s in captured]
         self.captured: frozenset[Storage] = frozenset(captured)
@@ -49,12 +50,10 @@ class Guards:
         """Why the program does not fit, in words; None where it does."""
         if not all(map(operator.is_, map(_storage_of, self.tensors), self.storages)):
             return "a parameter got another storage"
-        if list(map(_requires_grad_of, self.tensors)) != self.requires_grad:
+        if list(map(_requires_grad_of, self.differentiated)) != self.requires_grad:
             return "requires_grad of a parameter was changed"
         if not all(map(operator.is_, map(_grad_of, self.without_grad), itertools.repeat(None))):
             return "a parameter has a gradient now"
-        if self.with_grad and any(map(operator.is_, map(_grad_of, self.with_grad), itertools.repeat(None))):
-            return "a parameter has no gradient now"
         for t, g in self.exact_grads:
             if t.grad is not g:
                 return "the gradient of a parameter was replaced"

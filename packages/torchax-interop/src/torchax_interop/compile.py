@@ -16,7 +16,9 @@ from torchax._execute import state
 from torchax.tensor import Tensor
 
 from ._enter import under_jax
-from ._program import Options, Program, assemble, record
+from ._groups import Options
+from ._program import Program, assemble
+from ._recorder import record
 from ._tree import broadcast_prefix, flatten
 
 _LIMIT = 16  # programs kept for one signature; the world around changes more often than that: the oldest goes
