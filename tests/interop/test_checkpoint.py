@@ -89,7 +89,7 @@ def test_a_target_gives_the_containers(name: str, tmp_path: pathlib.Path) -> Non
     assert jax.tree.structure(found) == jax.tree.structure(state)
     with pytest.raises(CheckpointError, match="shape"):
         torchax.load_checkpoint(tmp_path / name, target=optax.adam(1e-3).init({"w": jnp.ones(4)}))
-    with pytest.raises(CheckpointError, match="values where the target has"):
+    with pytest.raises(CheckpointError, match="2 values at state, where the target has 1 values"):
         torchax.load_checkpoint(tmp_path / name, target=[1])
 
 
@@ -155,3 +155,16 @@ def test_no_code_from_the_file(tmp_path: pathlib.Path) -> None:
 def test_plain_files_of_torch(tmp_path: pathlib.Path) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "plain.pt")
     assert torchax.load_checkpoint(tmp_path / "plain.pt")["w"].tolist() == [1, 1]
+
+
+def test_a_target_is_matched_by_key(tmp_path):
+    path = tmp_path / "state.pt"
+    torchax.save_checkpoint({"b": torch.ones(2, device="jax"), "a": torch.zeros(2, device="jax")}, path)
+    target = {"a": torch.empty(2, device="jax"), "b": torch.empty(2, device="jax")}
+    found = torchax.load_checkpoint(path, target=target)
+    assert found["a"].tolist() == [0, 0]
+    assert found["b"].tolist() == [1, 1]
+    with pytest.raises(
+        torchax.errors.CheckpointError, match=r"\['a', 'b'\] at state, where the target has \['a', 'c'\]"
+    ):
+        torchax.load_checkpoint(path, target={"a": target["a"], "c": target["b"]})

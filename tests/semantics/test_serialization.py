@@ -186,6 +186,15 @@ def test_other_map_locations(location):
         assert str(got.device) == location["jax:0"]
 
 
+@pytest.mark.parametrize("where", ["jax", "cpu"])
+def test_views_of_other_types_share_their_storage_in_files(where):
+    x = torch.tensor([1.0, 2.0, 3.0], device=where)
+    a, b = torch.load(saved([x, x.view(torch.int32)]), map_location="jax")
+    assert b.dtype == torch.int32 and b.tolist() == x.view(torch.int32).tolist()
+    b[0] = 0
+    assert a.tolist() == [0, 2, 3]
+
+
 def test_jax_files_move_between_devices():
     got = torch.load(saved(torch.ones(2, device="jax:1")))
     assert got.device == torch.device("jax:1")

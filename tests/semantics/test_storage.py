@@ -231,7 +231,14 @@ def bit_views(d):
     b = x.view(torch.uint8)
     b[4:8] = 0
     h = x[2:].view(torch.float16)
-    return x, i.clone(), b.clone(), h.view(torch.int16), x.view(torch.int64)
+    s = i.as_strided((2, 2), (1, 1), 1)
+    w = b.as_strided((4,), (2,), 3)
+    w.fill_(1)
+    c = torch.tensor([1 + 2j, 3 - 1j], device=d)
+    r = torch.view_as_real(c)[1]
+    r.as_strided((2,), (1,), 1).mul_(10)
+    c.view(torch.float32).resize_(7)[4:] = 0.5
+    return s.clone(), w, c, r.clone(), x, i.clone(), b.clone(), h.view(torch.int16), x.view(torch.int64)
 
 
 def memory_formats(d):

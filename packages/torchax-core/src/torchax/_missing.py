@@ -82,9 +82,9 @@ def on_cpu(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return owners[id(x)]
         base = storages.get(x.untyped_storage()._cdata)
         if base is not None:  # a view
-            shape, strides = tuple(x.shape), tuple(x.stride())
-            view = strided_view(base._s.geometry, meta, base.storage_offset() + int(x.storage_offset()))
-            return make(base._s, meta_of(shape, strides, x.dtype, index), view)
+            meta = meta_of(tuple(x.shape), tuple(x.stride()), x.dtype, index)
+            begin = base.storage_offset() * base.dtype.itemsize // x.dtype.itemsize
+            return make(base._s, meta, strided_view(base._s.geometry, meta, begin + int(x.storage_offset())))
         return convert.from_cpu(x, index)
 
     return tree_map(back, out)

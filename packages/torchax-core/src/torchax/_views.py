@@ -179,7 +179,9 @@ def _reinterpreted(flat: Any, dtype: np.dtype) -> Any:
         flat = jnp.stack([flat.real, flat.imag], -1).reshape(-1)
     elif flat.dtype == np.bool_:
         flat = flat.astype(np.uint8)
-    plain = np.dtype(f"f{dtype.itemsize // 2}") if dtype.kind == "c" else np.dtype(np.uint8) if dtype == np.bool_ else dtype
+    plain = (
+        np.dtype(f"f{dtype.itemsize // 2}") if dtype.kind == "c" else np.dtype(np.uint8) if dtype == np.bool_ else dtype
+    )
     parts = plain.itemsize // flat.dtype.itemsize
     if parts > 1:
         flat = flat[: flat.size // parts * parts].reshape(-1, parts)

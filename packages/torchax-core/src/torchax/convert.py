@@ -185,7 +185,7 @@ def copied(value: Any) -> Any:
 
 # ---------------------------------------------------------------------- whole storages, for pickles and deep copies
 _hosts: weakref.WeakKeyDictionary[Storage, tuple[int, StorageWeakRef]] = weakref.WeakKeyDictionary()
-_twins: dict[int, tuple[StorageWeakRef, weakref.ref[Storage]]] = {}
+_twins: dict[tuple[int, int], tuple[StorageWeakRef, weakref.ref[Storage]]] = {}
 
 
 def host_storage(storage: Storage) -> torch.Tensor:
@@ -209,7 +209,7 @@ def restore(values: torch.Tensor, target: torch.device) -> torch.Tensor:
     if isinstance(values, Tensor):  # torch.load(map_location="jax") of what was saved on device jax
         values = to_cpu(values)
     cpu = values.untyped_storage()
-    known = _twins.get(cpu._cdata)
+    known = _twins.get((cpu._cdata, target.index or 0))
     storage = known[1]() if known is not None and not known[0].expired() else None
     index = target.index or 0
     if storage is None:
@@ -224,16 +224,11 @@ def restore(values: torch.Tensor, target: torch.device) -> torch.Tensor:
         )  # torch's old file format reads the bytes last
         for key in [k for k, (ref, _) in _twins.items() if ref.expired()]:
             del _twins[key]
-        _twins[cpu._cdata] = (StorageWeakRef(cpu), weakref.ref(storage))
-    shape, strides = tuple(values.shape), tuple(values.stride())
-    geometry = storage.geometry
-    if values.storage_offset() == 0 and shape == geometry.shape and strides == geometry.strides:
-        return make(storage, geometry)
-    return make(
-        storage,
-        meta_of(shape, strides, values.dtype, index),
-        strided_view(geometry, shape, strides, int(values.storage_offset())),
-    )
+        _twins[cpu._cdata, index] = (StorageWeakRef(cpu), weakref.ref(storage))
+    meta = meta_of(tuple(values.shape), tuple(values.stride()), values.dtype, index)
+    if values.storage_offset() == 0 and meta is storage.geometry:
+        return make(storage, meta)
+    return make(storage, meta, strided_view(storage.geometry, meta, int(values.storage_offset())))
 
 
 def fit(value: Any, source: TensorMeta | None, target: TensorMeta) -> Any:

@@ -268,24 +268,49 @@ def _named(name: str, fields: tuple[str, ...], items: list[Any]) -> Any:
     return tuple.__new__(found, items)
 
 
-def _fit(state: Any, target: Any, source: str) -> Any:
-    """`state` in the containers of `target`."""
-    want: list[Any] = []
-    have: list[Any] = []
-    spec = flatten(target, want)
-    flatten(state, have)
-    if len(want) != len(have):
-        raise CheckpointError(f"the checkpoint {source} holds {len(have)} values where the target has {len(want)}")
-    for w, h in zip(want, have, strict=True):
-        if hasattr(w, "shape") and tuple(getattr(h, "shape", ())) != tuple(w.shape):
+def _fit(state: Any, target: Any, source: str, place: str = "state") -> Any:
+    """`state` in the containers of `target`: mappings by key, sequences by position."""
+    if isinstance(target, Mapping):
+        if not isinstance(state, Mapping) or state.keys() != target.keys():
+            held = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
             raise CheckpointError(
-                f"the checkpoint {source} holds a value of shape {tuple(getattr(h, 'shape', ()))} where the target has {tuple(w.shape)}"
+                f"the checkpoint {source} holds {held} at {place}, where the target has {sorted(map(str, target))}"
             )
-    placed = [
-        h.to(w.device) if isinstance(w, Tensor) and isinstance(h, torch.Tensor) and h.device != w.device else h
-        for w, h in zip(want, have, strict=True)
-    ]
-    return unflatten(spec, iter(placed))
+        items = {k: _fit(state[k], v, source, f"{place}[{k!r}]") for k, v in target.items()}
+        return items if type(target) is dict else unflatten(flatten(target, []), iter(_leaves(items)))
+    if isinstance(target, list | tuple):
+        if not isinstance(state, list | tuple) or len(state) != len(target):
+            held = f"{len(state)} values" if isinstance(state, list | tuple) else type(state).__name__
+            raise CheckpointError(
+                f"the checkpoint {source} holds {held} at {place}, where the target has {len(target)} values"
+            )
+        fitted = [_fit(h, w, source, f"{place}[{k}]") for k, (h, w) in enumerate(zip(state, target, strict=True))]
+        return type(target)(*fitted) if hasattr(target, "_fields") else type(target)(fitted)
+    wanted: list[Any] = []
+    spec = flatten(target, wanted)
+    held = _leaves(state)
+    if len(wanted) != len(held):
+        raise CheckpointError(
+            f"the checkpoint {source} holds {len(held)} values at {place}, where the target has {len(wanted)}"
+        )
+    return unflatten(spec, iter([_fit_leaf(h, w, source, place) for h, w in zip(held, wanted, strict=True)]))
+
+
+def _fit_leaf(held: Any, wanted: Any, source: str, place: str) -> Any:
+    if hasattr(wanted, "shape") and tuple(getattr(held, "shape", ())) != tuple(wanted.shape):
+        raise CheckpointError(
+            f"the checkpoint {source} holds a value of shape {tuple(getattr(held, 'shape', ()))} at {place}, "
+            f"where the target has {tuple(wanted.shape)}"
+        )
+    if isinstance(wanted, Tensor) and isinstance(held, torch.Tensor) and held.device != wanted.device:
+        return held.to(wanted.device)
+    return held
+
+
+def _leaves(x: Any) -> list[Any]:
+    leaves: list[Any] = []
+    flatten(x, leaves)
+    return leaves
 
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
