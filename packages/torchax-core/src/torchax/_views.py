@@ -16,7 +16,6 @@ from jax import lax
 from ._execute import Program
 from ._storage import TensorMeta, physical_order, strided_indices
 
-
 _BETWEEN_TYPES = ("aten::view.dtype", "aten::as_strided(dtype)")
 
 
