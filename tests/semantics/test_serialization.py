@@ -29,7 +29,11 @@ def through_file(value):
     return torch.load(saved(value))  # weights_only=True, the default
 
 
-COPIES = {"deepcopy": copy.deepcopy, "pickle": through_pickle, "save": through_file}
+def through_file_to_jax(value):
+    return torch.load(saved(value), map_location="jax")
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": through_pickle, "save": through_file, "save to": through_file_to_jax}
 
 
 @pytest.mark.parametrize("how", COPIES)
@@ -65,7 +69,7 @@ def test_a_copy_has_values_and_layout(how, dtype):
         assert got.data_ptr() != x.data_ptr() or not t.numel()
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "save"])  # torch's plain pickles do not share
+@pytest.mark.parametrize("how", ["deepcopy", "save", "save to"])  # torch's plain pickles do not share
 def test_shared_storages_stay_shared(how):
     x = torch.arange(6.0, device="jax")
     a, b, c, other = COPIES[how]([x, x.view(2, 3), x[2:], torch.arange(6.0, device="jax")])
@@ -187,12 +191,16 @@ def test_other_map_locations(location):
 
 
 @pytest.mark.parametrize("where", ["jax", "cpu"])
-def test_views_of_other_types_share_their_storage_in_files(where):
+def test_views_of_other_types(where):
     x = torch.tensor([1.0, 2.0, 3.0], device=where)
-    a, b = torch.load(saved([x, x.view(torch.int32)]), map_location="jax")
-    assert b.dtype == torch.int32 and b.tolist() == x.view(torch.int32).tolist()
+    bits = x.view(torch.int32)[1:]
+    got = torch.load(saved(bits), map_location="jax")
+    assert got.dtype == torch.int32 and got.tolist() == bits.tolist() and got.storage_offset() == 1
+    with pytest.raises(RuntimeError, match="same data as different types"):
+        saved([x, bits])
+    a, b = copy.deepcopy([x, bits])
     b[0] = 0
-    assert a.tolist() == [0, 2, 3]
+    assert a.tolist() == [1, 0, 3]
 
 
 def test_jax_files_move_between_devices():

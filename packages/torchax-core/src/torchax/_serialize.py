@@ -63,7 +63,8 @@ def reduce(t: Tensor) -> Any:
     else:
         kind = "Tensor"
     host = convert.host_storage(t._s)
-    shaped = torch.as_strided(host, t._m.shape, t._m.strides, t.storage_offset())
+    shaped = torch.empty(0, dtype=t.dtype)
+    shaped.set_(host.untyped_storage(), t.storage_offset(), t._m.shape, t._m.strides)  # type: ignore[call-overload]
     extra = {k: v for k, v in vars(t).items() if k not in OWN}
     return rebuild, (shaped, str(t.device), t.requires_grad, kind, extra)
 

@@ -207,6 +207,8 @@ def restore(values: torch.Tensor, target: torch.device) -> torch.Tensor:
     if target.type != "jax":
         return values if target.type == "cpu" else values.to(target)
     if isinstance(values, Tensor):  # torch.load(map_location="jax") of what was saved on device jax
+        if values._m.index == (target.index or 0):
+            return values
         values = to_cpu(values)
     cpu = values.untyped_storage()
     known = _twins.get((cpu._cdata, target.index or 0))
