@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from . import _core_ops
 from ._execute import Program, state
-from ._infer import infer
-from ._lower import conform
+from ._infer import infer, infer_by_shape
 from ._registry import Lowering
 from ._signature import DROPPED
 from .tensor import wrap
@@ -30,9 +30,8 @@ def prepared_rule(func: Any, entry: Lowering) -> Callable[[tuple[Any, ...], dict
         key = (static, index, kwargs.get("dtype"), *map(type, operands))
         hit = cache.get(key)
         if hit is None:
-            meta = infer(func, args, kwargs, index)
-            run = lambda *numbers: conform(entry.fn(*static, *numbers), meta, func, entry.provider)
-            hit = cache[key] = (Program(run, func.name(), True, index), meta)
+            run = functools.partial(entry.fn, *static)
+            hit = cache[key] = (Program(run, func.name(), True, index), infer_by_shape(run, list(operands), index))
         program, meta = hit
         return wrap(state.executor.run(program, operands), meta)
 

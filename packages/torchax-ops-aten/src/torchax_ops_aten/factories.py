@@ -107,12 +107,14 @@ def _exact_in_float32(start, step, length):
 def _arange_plan(start, end, step=1, *, dtype=None):
     """Only the length and the dtype decide the program: ``torch.arange(i, i + n)`` in a loop compiles once."""
     dtype = _dtype(dtype, start, end, step)
-    if np.issubdtype(dtype, np.integer):
+    if dtype == np.int64:
         start, end, step = int(start), int(end), int(step)
         length = -((start - end) // step) if step else -1
-    else:
-        start, end, step = float(start), float(end), float(step)
-        length = math.ceil((end - start) / step) if step and math.isfinite(end - start) else -1
+    else:  # torch counts in float64, whatever the dtype
+        span = float(end) - float(start)
+        length = math.ceil(span / step) if step and math.isfinite(span) else -1
+        kind = int if np.issubdtype(dtype, np.integer) else float
+        start, step = kind(start), kind(step)
     return None if length < 0 else ((length, dtype), (start, step))
 
 

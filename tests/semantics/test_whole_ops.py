@@ -1,0 +1,67 @@
+"""Composite ops kept whole: gradients, also complex and second ones, and lowerings that come late."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import pytest
+import torch
+import torch.nn.functional as F
+import torchax
+from torchax.ops import Lowering
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_derived_backward_follows_torchs_convention(dtype):
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 3, dtype=dtype), torch.randn(3, 2, dtype=dtype)
+    grads = []
+    for device in ("cpu", "jax"):
+        x = a.detach().clone().to(device).requires_grad_()
+        torch.linalg.solve(x, b.to(device)).abs().sum().backward()
+        assert x.grad is not None
+        grads.append(x.grad.cpu())
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_second_derivatives():
+    torch.manual_seed(0)
+    w0, x0 = torch.randn(4, 3), torch.randn(2, 3)
+    found = []
+    for device in ("cpu", "jax"):
+        w = w0.clone().to(device).requires_grad_()
+        (g,) = torch.autograd.grad((F.linear(x0.to(device), w) ** 3).sum(), w, create_graph=True)
+        g.square().sum().backward()
+        assert w.grad is not None
+        found.append(w.grad.cpu())
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("call", [lambda a, b: a @ b, lambda a, b: torch.mm(a, b), F.linear])
+def test_products_refuse_mixed_dtypes(call):
+    a, b = torch.ones(3, 3), torch.ones(3, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="dtype"):
+        call(a, b)
+    with pytest.raises(RuntimeError, match=r"same dtype, but got: torch.float32 != torch.float64"):
+        call(a.to("jax"), b.to("jax"))
+
+
+class Late:
+    """A plugin that keeps an op whole which nobody kept whole before."""
+
+    @torchax.hookspecs.hookimpl
+    def torchax_register_ops(self, registry):
+        registry.add(
+            Lowering(
+                op="aten::cosine_similarity", fn=lambda x, y, dim=1, eps=1e-8: jnp.full(x.shape[:-1], 7.0), whole=True
+            )
+        )
+
+
+def test_a_whole_lowering_of_a_late_plugin():
+    x = torch.randn(2, 3).to("jax").requires_grad_()
+    torchax.plugins.register(Late(), "late")
+    try:
+        assert F.cosine_similarity(x, x).tolist() == [7, 7]
+    finally:
+        torchax.plugins.disable("late")
+    torch.testing.assert_close(F.cosine_similarity(x, x).cpu(), torch.ones(2))
