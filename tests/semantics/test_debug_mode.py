@@ -162,6 +162,8 @@ def on_cpu():
     _missing._warned.clear()
     with torchax.config.override(fallback="cpu"):
         yield torch.ops.torchax_fallback
+    _missing.SERVED.clear()
+    _missing._warned.clear()
     lib._destroy()
 
 
