@@ -208,16 +208,11 @@ class FunctionalRule:
     def _with_writes(self, metas: Any, entry: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if metas is None:
             return None
-        plain = metas if isinstance(metas, tuple | list) else () if metas is None else (metas,)
         targets = _written(self.func, entry, args, kwargs)
         if not targets:
             return metas
-        plain = (
-            ()
-            if self.func._schema.is_mutable and not fresh_returns(self.func)
-            else tuple(plain)[: fresh_returns(self.func)]
-        )
-        return (*plain, *(t._m if t is not None else None for t in targets))
+        results = metas if isinstance(metas, tuple | list) else (metas,)
+        return (*results[: fresh_returns(self.func)], *(t._m if t is not None else None for t in targets))
 
     # ------------------------------------------------------------------ calls that are more than a program
     def _special(self, entry: Entry, operands: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -236,16 +231,15 @@ class FunctionalRule:
             raise torchs_error(self.func, args, kwargs, error) from error
 
     def _stateful(self, entry: Entry, operands: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        executor = state.executor
-        if entry.lowering is not None and entry.lowering.random:
+        executor, lowering = state.executor, entry.lowering
+        assert lowering is not None
+        if lowering.random:
             generator = random.source(kwargs.get("generator"), entry.index)
             out, after = executor.run(entry.program, (generator.load(), *operands))
             generator.store(after)
         else:
             out = executor.run(entry.program, operands)
-        if entry.lowering is None:
-            return wrap_nest(out, entry.metas)
-        targets = _written(self.func, entry.lowering, args, kwargs)
+        targets = _written(self.func, lowering, args, kwargs)
         if not targets:
             return wrap_nest(out, entry.metas)
         values = list(out) if isinstance(out, tuple | list) else [out]

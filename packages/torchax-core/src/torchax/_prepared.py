@@ -27,7 +27,7 @@ def prepared_rule(func: Any, entry: Lowering) -> Callable[[tuple[Any, ...], dict
             infer(func, args, kwargs, index)
             raise RuntimeError(f"{func} refused {args}")
         static, operands = prepared
-        key = (static, index, kwargs.get("dtype"), *map(type, operands))
+        key = (static, index, *map(type, operands))
         hit = cache.get(key)
         if hit is None:
             run = functools.partial(entry.fn, *static)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jax.extend.core import get_opaque_trace_state
-from torchax import convert, dtypes
+from torchax import convert
 from torchax import random as _random
 from torchax._execute import executing, state
 from torchax._execute._where import user_line
@@ -162,8 +162,3 @@ def enter(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
             return tree_map(to_array, fn(*a, **k))
     finally:
         trace.close()
-
-
-def dtype_to_jax(dtype: torch.dtype) -> Any:
-    """The numpy dtype of a torch dtype."""
-    return dtypes.to_jax(dtype)

@@ -8,18 +8,11 @@ from torchax.ops import aten, lowering
 from ._common import cast
 
 
-@lowering(aten._to_copy.default)
-def to_copy(x, *, dtype=None):
-    """x in another dtype, with torch's casts."""
-    return x if dtype is None else cast(x, to_jax(dtype))
-
-
 @lowering(
     aten.clone.default,
     aten.alias_copy.default,
     aten.detach_copy.default,
     aten.lift_fresh_copy.default,
-    aten.lift.default,
     aten._lazy_clone.default,
 )
 def clone(x):

@@ -40,14 +40,14 @@ class Strict:
             return storage.value
         cached = tensor._cache
         if cached is None or cached[0] != storage.version:
-            value = self._apply(view.chain.read, (storage.value, *view.positions))
+            value = self.run(view.chain.read, (storage.value, *view.positions))
             cached = tensor._cache = (storage.version, value)
         return cached[1]
 
     def write(self, tensor: Tensor, value: Any) -> None:
         storage, view = tensor._s, tensor._v
         if view is not None:
-            value = self._apply(view.chain.write, (storage.value, value, *view.positions))
+            value = self.run(view.chain.write, (storage.value, value, *view.positions))
         storage.value = value
         storage.version += 1
 
@@ -57,9 +57,6 @@ class Strict:
     def store(self, storage: Storage, value: Any) -> None:
         storage.value = value
         storage.version += 1
-
-    def _apply(self, program: Program, operands: Sequence[Any]) -> Any:
-        return self.run(program, operands)
 
 
 class Debug(Strict):
