@@ -82,11 +82,14 @@ class FunctionalRule:
         )
         self.cache: dict[tuple[Any, ...], Entry] = {}
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        """Key and operands of a call."""
         if not kwargs and len(args) == 2 and type(args[0]) is Tensor and type(args[1]) is Tensor:
-            key, operands = (args[0]._m, args[1]._m), args  # what bind would give, at half the price
-        else:
-            key, operands = self.signature.bind(args, kwargs)
+            return (args[0]._m, args[1]._m), args  # what the signature would give, at half the price
+        return self.signature.bind(args, kwargs)
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        key, operands = self.bind(args, kwargs)
         entry = self.cache.get(key)
         if entry is None:
             entry = self.cache[key] = self.resolve(args, kwargs)
