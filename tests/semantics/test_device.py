@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 
 import jax
@@ -46,6 +47,71 @@ def test_current_device_can_be_set_and_scoped(jax_devices):
     with pytest.raises(ZeroDivisionError), torch.jax.device(1):
         1 / 0  # noqa: B018
     assert torch.jax.current_device() == 0
+
+
+def _loaded(device):
+    file = io.BytesIO()
+    torch.save(torch.ones(2), file)
+    file.seek(0)
+    return torch.load(file, map_location=device)
+
+
+ARRIVALS = {
+    "to": lambda d: torch.ones(2).to(d),
+    "to, by keyword": lambda d: torch.ones(2).to(device=d, dtype=torch.float64),
+    "to, with dtype": lambda d: torch.ones(2).to(d, torch.float16, copy=True),
+    "to, of another device's": lambda d: torch.ones(2, device="jax:3").to(d),
+    "requires_grad": lambda d: torch.ones(2, requires_grad=True).to(d),
+    "tensor": lambda d: torch.tensor([1.0], device=d),
+    "as_tensor": lambda d: torch.as_tensor([1.0], device=d),
+    "as_tensor, of a tensor there": lambda d: torch.as_tensor(torch.ones(2, device=d), device=d),
+    "asarray": lambda d: torch.asarray([1.0], device=d),
+    "new_tensor": lambda d: torch.ones(2).new_tensor([1.0], device=d),
+    "zeros": lambda d: torch.zeros(2, device=d),
+    "zeros_like": lambda d: torch.zeros_like(torch.ones(2), device=d),
+    "arange": lambda d: torch.arange(3, device=d),
+    "Module.to": lambda d: torch.nn.Linear(2, 2).to(d).weight,
+    "Module, made there": lambda d: torch.nn.Linear(2, 2, device=d).weight,
+    "to_empty": lambda d: torch.nn.Linear(2, 2, device="meta").to_empty(device=d).weight,
+    "load": _loaded,
+}
+
+
+@pytest.mark.parametrize("name", ARRIVALS)
+def test_a_device_without_index_is_the_current_one(name, jax_devices):
+    arrive = ARRIVALS[name]
+    assert arrive("jax").device.index == 0
+    torch.jax.set_device(1)
+    assert arrive("jax").device.index == 1 and arrive("jax").jax().devices() == {jax_devices[1]}
+    assert arrive(torch.device("jax")).device.index == 1
+    assert arrive("jax:0").device.index == 0 and arrive("jax:2").device.index == 2
+    with torch.jax.device(2):
+        assert arrive("jax").device.index == 2
+    assert arrive("jax").device.index == 1
+    assert arrive("cpu").device.type == "cpu"
+
+
+def test_a_default_device_without_index_is_the_current_one(jax_devices):
+    torch.jax.set_device(1)
+    with torch.device("jax"):
+        assert torch.zeros(2).device.index == torch.tensor([1.0]).device.index == 1
+        assert torch.nn.Linear(2, 2).weight.device.index == 1
+    torch.set_default_device("jax")
+    try:
+        assert torch.zeros(2).device.index == torch.tensor([1.0]).device.index == 1
+        torch.jax.set_device(2)
+        assert torch.zeros(2).device.index == torch.tensor([1.0]).device.index == 2
+        assert torch.get_default_device().index == 2
+    finally:
+        torch.set_default_device(None)
+
+
+def test_moving_to_the_current_device_is_differentiable():
+    x = torch.ones(2, requires_grad=True)
+    with torch.jax.device(1):
+        y = x.to("jax") * 2
+    y.sum().backward()
+    assert y.device.index == 1 and x.grad.tolist() == [2, 2]
 
 
 def test_the_current_device_is_the_threads_own(jax_devices):

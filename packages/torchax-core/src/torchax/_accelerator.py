@@ -1,4 +1,8 @@
-"""`torch.accelerator` for device ``jax``: torch asks C++ for the current device, which knows only one; `device` knows."""
+"""The current device where torch asks C++ for it, which knows only device 0; `device` knows.
+
+`torch.accelerator` asks `torch._C`. ``tensor.to("jax")`` and ``torch.tensor(..., device="jax")`` ask the C++ device guard,
+whose answer Python cannot change: there, the index is filled in before C++ looks.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,12 @@ import torch
 
 from . import device
 
+_ASKING = {  # the ops that ask the guard, and for which tensors; `Tensor.to` has filled in the index by itself
+    "to.device": ("CPU", "AutogradCPU", "Lazy", "AutogradLazy"),
+    "to.dtype_layout": ("CPU", "AutogradCPU"),
+}
+_libraries: dict[str, torch.library.Library] = {}
+
 
 def install() -> None:
     """Answer what `torch.accelerator` asks `torch._C`, as long as ``jax`` is the current accelerator."""
@@ -15,6 +25,39 @@ def install() -> None:
         asked = getattr(torch._C, name, None)
         if asked is not None:
             setattr(torch._C, name, _answering(function, asked))
+
+
+def follow_current_device() -> None:
+    """Have ``cpu_tensor.to("jax")`` go to the current device.
+
+    The kernels make moves between devices a few microseconds slower, so they come with the first current device that is
+    not the one that C++ answers.
+    """
+    if _libraries:
+        return
+    for name, keys in _ASKING.items():
+        kernel = _to_current(getattr(torch.ops.aten.to, name.removeprefix("to.")))
+        for key in keys:
+            if key not in _libraries:
+                _libraries[key] = torch.library.Library("aten", "IMPL", key)
+            _libraries[key].impl(name, kernel)
+
+
+def _to_current(op: Any) -> Any:
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and type(args[0]) is torch.device:
+            args = (_indexed(args[0]), *args[1:])
+        elif kwargs.get("device") is not None:
+            kwargs["device"] = _indexed(kwargs["device"])
+        return op._op_dk(composite, self, *args, **kwargs)
+
+    return to
+
+
+def _indexed(target: torch.device) -> torch.device:
+    return torch.device("jax", device.current_device()) if target.type == "jax" and target.index is None else target
 
 
 def _answering(ours: Any, theirs: Any) -> Any:

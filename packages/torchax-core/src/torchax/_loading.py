@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from . import convert
+from ._core_ops import current_index
 from ._storage import StorageView, contiguous_strides, meta_of
 from ._views import strided_view
 from .tensor import Tensor, make
@@ -38,7 +39,7 @@ def deserialize(storage: Any, location: str) -> Any:
     """`torch.serialization`'s hook: storages for location ``jax`` or ``jax:N``."""
     if not str(location).startswith("jax"):
         return None
-    target = torch.device("jax", torch.device(location).index or 0)
+    target = torch.device("jax", current_index(location))
     with forgetting_location():
         convert.jax_device(target.index)
     loaded = LoadedStorage(0)

@@ -59,13 +59,13 @@ def current_device() -> int:
 
 
 def set_device(device: Any) -> None:
-    """Make a device the current one of this thread: an index, ``"jax:1"`` or a `torch.device`.
-
-    Factories and tensors on the device follow it. ``cpu_tensor.to("jax")`` and ``torch.tensor(..., device="jax")`` do not:
-    torch itself reads ``"jax"`` as ``"jax:0"`` there, so name the device (``"jax:1"``).
-    """
+    """Make a device the current one of this thread, which ``"jax"`` means: an index, ``"jax:1"`` or a `torch.device`."""
     index = _index(device)
     convert.jax_device(index)
+    if index:
+        from ._accelerator import follow_current_device
+
+        follow_current_device()
     _current.index = index
 
 
