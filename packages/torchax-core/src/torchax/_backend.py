@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch.fx.experimental import proxy_tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _foreach_supported_types
 from torch.utils import _foreach_utils
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from . import _accelerator, _core_ops, _loading, amp, convert, device
+from . import _accelerator, _core_ops, _loading, _uninitialized, amp, convert, device
 from ._dispatch import RULES
 from ._registry import REGISTRY
 from ._whole import whole_kernel
@@ -60,6 +61,7 @@ def install() -> None:
     torch.Tensor.pin_memory = _pin_memory  # type: ignore[method-assign]
     amp.install()
     _loading.install()
+    _uninitialized.install()
     torch.nn.Module._apply = _apply  # type: ignore[method-assign]
     if Tensor not in _foreach_supported_types:
         _foreach_supported_types.append(Tensor)
@@ -170,6 +172,7 @@ _moving = threading.local()
 
 def _apply(self: torch.nn.Module, fn: Callable[..., Any], recurse: bool = True) -> torch.nn.Module:
     before = {name: p for name, p in self._parameters.items() if p is not None}
+    lazy = {name: b for name, b in self._buffers.items() if is_lazy(b)}
     outermost = not hasattr(_moving, "seen")
     if outermost:
         _moving.seen = {}
@@ -178,7 +181,7 @@ def _apply(self: torch.nn.Module, fn: Callable[..., Any], recurse: bool = True) 
         for name in [n for n, p in before.items() if id(p) in seen]:
             self._parameters[name] = None  # moved already, under another name
         try:
-            result = _torch_apply(self, fn, recurse)
+            result = _torch_apply(self, lambda t: fn(_uninitialized.empty(t) if is_lazy(t) else t), recurse)
         finally:
             for name, old in before.items():
                 if id(old) in seen:
@@ -187,6 +190,8 @@ def _apply(self: torch.nn.Module, fn: Callable[..., Any], recurse: bool = True) 
             new = self._parameters[name]
             if id(old) in seen or new is None:
                 continue
+            if is_lazy(old):
+                new = _uninitialized.moved(old, new)
             if new is not old and type(new) is not type(old):
                 vars(new).update({k: v for k, v in vars(old).items() if k not in OWN})  # the user's attributes
                 try:
@@ -196,6 +201,8 @@ def _apply(self: torch.nn.Module, fn: Callable[..., Any], recurse: bool = True) 
                     pass
                 self._parameters[name] = new
             seen[id(old)] = (old, new)
+        for name, old in lazy.items():
+            self._buffers[name] = _uninitialized.moved(old, self._buffers[name])  # type: ignore[arg-type]
         return result
     finally:
         if outermost:

@@ -322,7 +322,7 @@ def equal(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 @core_rule("aten::_has_compatible_shallow_copy_type")
 def has_compatible_shallow_copy_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return type(args[0]) is type(args[1])
+    return isinstance(args[0], Tensor) and isinstance(args[1], Tensor)
 
 
 @core_rule("aten::_nested_tensor_from_mask_left_aligned")
