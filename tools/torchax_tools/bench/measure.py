@@ -1,4 +1,4 @@
-"""How things are timed: both sides of a ratio in turn, in batches of a few milliseconds, the lower quartile of each."""
+"""How things are timed: both sides of a ratio in turn, in batches long enough to be warm, the lower quartile of each."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def wait(result: Any) -> None:
             leaf.block_until_ready()
 
 
-def times(*sides: Thunk, rounds: int = 15, batch: float = 0.004) -> list[float]:
+def times(*sides: Thunk, rounds: int = 15, batch: float = 0.02) -> list[float]:
     """Seconds per call of each of `sides`, measured in turn so that a busy moment of the machine meets all of them.
 
     Args:
@@ -73,11 +73,12 @@ def times(*sides: Thunk, rounds: int = 15, batch: float = 0.004) -> list[float]:
     """
     counts = []
     for side in sides:
-        for _ in range(3):
-            wait(side())
-        start = time.perf_counter()
         wait(side())
-        counts.append(max(1, min(2000, int(batch / max(1e-7, time.perf_counter() - start)))))
+        calls, start = 0, time.perf_counter()
+        while calls < 3 or time.perf_counter() - start < batch:
+            wait(side())
+            calls += 1
+        counts.append(calls)
     seen: list[list[float]] = [[] for _ in sides]
     for _ in range(rounds):
         for side, count, mine in zip(sides, counts, seen, strict=True):

@@ -64,8 +64,6 @@ def train() -> Iterator[Row]:
     )
     on_cpu = make_step(copy.deepcopy(model), x, y)
     eager = make_step(copy.deepcopy(model).to("jax"), jx, jy)
-    yield ratio("train", "SGD step, eager", lambda: eager(jx, jy), lambda: on_cpu(x, y), "torch CPU", 5.0, batch=0.02)
+    yield ratio("train", "SGD step, eager", lambda: eager(jx, jy), lambda: on_cpu(x, y), "torch CPU", 5.0)
     compiled = torchax.compile(make_step(copy.deepcopy(model).to("jax"), jx, jy))
-    yield ratio(
-        "train", "SGD step, compiled", lambda: compiled(jx, jy), lambda: on_cpu(x, y), "torch CPU", 0.5, batch=0.02
-    )
+    yield ratio("train", "SGD step, compiled", lambda: compiled(jx, jy), lambda: on_cpu(x, y), "torch CPU", 0.5)
