@@ -5,37 +5,14 @@ The environment is set here, before anything imports jax; programs that tests st
 
 from __future__ import annotations
 
-import os
-import pathlib
+import jax_environment
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-DEVICES = 4
-
-
-def _environment() -> None:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    for flag in (
-        f"--xla_force_host_platform_device_count={DEVICES}",
-        "--xla_backend_optimization_level=0",  # tests compile thousands of tiny programs and run each a few times
-        "--xla_llvm_disable_expensive_passes=true",
-    ):
-        if not any(f.split("=")[0] == flag.split("=")[0] for f in flags):
-            flags.append(flag)
-    os.environ["XLA_FLAGS"] = " ".join(flags)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("MPLBACKEND", "agg")
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
-
-
-_environment()
+jax_environment.prepare()
 
 import contextlib
+import json
+import os
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,6 +38,29 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+# Results of OpInfo cases ------------------------------------------------------------------------------------------
+
+_OPINFO: list[dict[str, Any]] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Gather what tests recorded as ``opinfo``; reports of xdist's workers come here, too."""
+    if report.when == "call":
+        _OPINFO.extend(r for name, records in report.user_properties if name == "opinfo" for r in records)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the gathered results; TORCHAX_OPINFO_RESULTS names the file."""
+    if _OPINFO and not hasattr(session.config, "workerinput"):
+        default = jax_environment.ROOT / ".cache" / "opinfo-results.json"
+        path = pathlib.Path(os.environ.get("TORCHAX_OPINFO_RESULTS", default))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_OPINFO, indent=0))
+
+
+# Randomness -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,31 @@
+"""The environment that JAX is started in for tests and for the tools beside them; imports neither jax nor torch."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DEVICES = 4
+
+
+def prepare() -> None:
+    """Set what is not set from outside. To be called before jax is imported; subprocesses inherit it."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    for flag in (
+        f"--xla_force_host_platform_device_count={DEVICES}",
+        "--xla_backend_optimization_level=0",  # tests compile thousands of tiny programs and run each a few times
+        "--xla_llvm_disable_expensive_passes=true",
+    ):
+        if not any(f.split("=")[0] == flag.split("=")[0] for f in flags):
+            flags.append(flag)
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("MPLBACKEND", "agg")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores

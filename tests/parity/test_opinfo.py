@@ -1,0 +1,70 @@
+"""Every operator of PyTorch's own specification against CPU torch, form by form, dtype by dtype.
+
+The ci profile runs a sample of the cases that never changes, with every operator in it; the thorough profile runs all.
+`tests/opinfo/run.py` runs chosen ones from the command line.
+"""
+
+import os
+import zlib
+
+import jax
+import pytest
+
+from opinfo import cases, known
+from opinfo.run import run_case
+
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+SAMPLES = None if THOROUGH else 2
+EXPENSIVE = ("jit", "gradgrad", "tpu", "vmap")  # forms that trace and compile whole programs
+
+_done = 0
+
+
+def chosen(op):
+    """The cases of an operator that the profile runs."""
+    everything = list(cases.enumerate_cases(among=[op]))
+    if THOROUGH:
+        return everything
+    rank = lambda case: zlib.crc32(case.name.encode())
+    forward = sorted((c for c in everything if c.form == "forward"), key=rank)[:2]
+    wrong = [c for c in everything if c.form == "errors"]
+    others, forms = [], set()
+    for case in sorted((c for c in everything if c.form not in ("forward", "errors")), key=rank):
+        if case.form not in forms and len(others) < 3 and not (case.form in EXPENSIVE and forms & set(EXPENSIVE)):
+            others.append(case)
+            forms.add(case.form)
+    return forward + others + wrong
+
+
+def verdict(case, result):
+    """What is wrong with a result, given what is known; None if nothing is."""
+    expected = known.reason(case)
+    if expected is None:
+        return f"{case.name}: {result.reason}" if result.status == "fail" else None
+    if result.status == "pass" and SAMPLES is not None:
+        result = run_case(case)  # the samples that fail may be others
+    return f"{case.name} passes: it is listed as known to differ ({expected})" if result.status == "pass" else None
+
+
+@pytest.mark.timeout(7200 if THOROUGH else 300)
+@pytest.mark.parametrize("op", cases.ops(), ids=lambda op: op.full_name)
+def test_op(op, record_property):
+    global _done
+    records, wrong = [], []
+    for case in chosen(op):
+        result = run_case(case, SAMPLES, timeout=600 if THOROUGH else 60)
+        records.append(result.record())
+        problem = verdict(case, result)
+        if problem:
+            wrong.append(problem)
+    record_property("opinfo", records)
+    _done += 1
+    if _done % 50 == 0:
+        jax.clear_caches()  # thousands of loaded programs are gigabytes
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_known_difference_names_a_case():
+    everything = list(cases.enumerate_cases())
+    for entry in known.KNOWN:
+        assert any(entry in known.entries(c) for c in everything), f"{entry} matches no case"
