@@ -16,13 +16,14 @@ from ._dispatch import RULES
 from ._execute import Program, state
 from ._execute.traced import ImpureTrace
 from ._foreach import foreach_apply, foreach_element
-from ._infer import NoMeta, cpu_error, infer, infer_by_shape
+from ._infer import NoMeta, cpu_error, in_memory_format_of, infer, infer_by_shape
 from ._lower import Apply, decomposed, decomposition, is_composite_implicit, lowered, op_by_op
 from ._missing import missing
 from ._placing import device_index
 from ._registry import REGISTRY, Lowering
 from ._signature import DROPPED, Signature, place
-from ._storage import Storage, TensorMeta, dense_meta
+from ._storage import Storage, TensorMeta, dense_meta, meta_of, numpy_strides
+from .config import config
 from .tensor import Tensor, make, wrap
 
 
@@ -157,6 +158,8 @@ class FunctionalRule:
             results = self._with_writes(metas, entry, args, kwargs)
         apply = self._apply(entry, args, kwargs, results, index)
         if apply is None:
+        if entry is not None and entry.memory_format_of and metas is not None:
+            metas = in_memory_format_of(entry.memory_format_of, func, args, kwargs, metas)
             return Entry(None, lambda a, k: missing(func, a, k), None, template, index, None)
         operands = self.signature.bind(args, kwargs)[1]
         random_op = entry is not None and entry.random
@@ -275,7 +278,11 @@ class FunctionalRule:
 
         def result(x: Any) -> Tensor:
             value = x if isinstance(x, jax.Array) else convert.on_device(np.asarray(x), entry.index)
-            return wrap(value, dense_meta(tuple(value.shape), dtypes.to_torch(value.dtype), entry.index))
+            shape, dtype = tuple(value.shape), dtypes.to_torch(value.dtype)
+            strides = numpy_strides(x) if isinstance(x, np.ndarray) else None
+            return wrap(
+                value, dense_meta(shape, dtype, entry.index) if strides is None else meta_of(shape, strides, dtype, entry.index)
+            )
 
         return tree_map(result, out)
 
@@ -338,5 +345,5 @@ def wrap_nest(out: Any, metas: Any) -> Any:
     if type(metas) is TensorMeta:
         return wrap(out, metas)
     if isinstance(metas, list | tuple):
-        return type(metas)([None if m is None else wrap_nest(o, m) for o, m in zip(out, metas, strict=True)])
+        return type(metas)([None if m is None or o is None else wrap_nest(o, m) for o, m in zip(out, metas, strict=True)])
     return metas

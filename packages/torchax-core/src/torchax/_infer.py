@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import torch
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.utils._pytree import tree_map
 
@@ -37,6 +39,25 @@ def infer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int, 
 def describe(m: torch.Tensor, index: int) -> TensorMeta:
     """The metadata of a meta tensor, on device `index`."""
     return meta_of(tuple(m.shape), tuple(m.stride()), m.dtype, index)
+
+
+def in_memory_format_of(
+    names: tuple[str, ...], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metas: Any
+) -> Any:
+    """`metas` in the memory format of the arguments `names`: channels last if one of them suggests it."""
+    named = [a for a, s in zip(args, func._schema.arguments, strict=False) if s.name in names and type(a) is Tensor]
+    suggested = {suggest_memory_format(a._m.on_meta()): len(a._m.shape) for a in named}
+    suggested.pop(torch.contiguous_format, None)
+    for memory_format, rank in suggested.items():
+        metas = tree_map(functools.partial(_formatted, memory_format, rank), metas)
+    return metas
+
+
+def _formatted(memory_format: torch.memory_format, rank: int, m: Any) -> Any:
+    if type(m) is not TensorMeta or len(m.shape) != rank:
+        return m
+    strides = torch.empty(m.shape, device="meta", memory_format=memory_format).stride()
+    return meta_of(m.shape, tuple(strides), m.dtype, m.index)
 
 
 def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fresh: bool = False) -> Any:

@@ -67,7 +67,8 @@ def conform(out: Any, metas: Any, func: Any, provider: str) -> Any:
         raise errors.LoweringError(
             f"the lowering of {func} by plugin {provider!r} gave {_said(out)} where torch gives {len(metas)} results"
         )
-    return tuple(conform(o, m, func, provider) for o, m in zip(out, metas, strict=True))
+    # None: what `output_mask` leaves out
+    return tuple(None if o is None else conform(o, m, func, provider) for o, m in zip(out, metas, strict=True))
 
 
 def _conform(x: Any, meta: TensorMeta, func: Any, provider: str) -> Any:

@@ -32,7 +32,8 @@ class Lowering:
         kind: what the op is. ``functional``: values in, values out, in-place and ``out=`` forms follow from it;
             ``view``: an alias of its base, read by `fn` and written by `inverse`; ``views``: several aliases, `fn`
             lists them as calls of single views; ``stateful``: also writes the arguments `writes` or draws random
-            numbers; ``dynamic``: the result's shape depends on values, so `fn` runs outside of ``jax.jit``.
+            numbers; ``dynamic``: the result's shape depends on values, so `fn` runs outside of ``jax.jit``. Of results in
+            NumPy the strides are kept.
         promote: torch's type promotion, done before `fn` is called; None hands operands over as they are.
         promote_only: names of the arguments that take part in the promotion; empty means all tensors and numbers.
         static: names of ``Scalar`` arguments that decide the program and are compiled in.
@@ -50,6 +51,8 @@ class Lowering:
         meta: whether torch's meta kernel says shapes and dtypes of the results. False where it refuses what CPU torch
             takes: then they are those that `fn` gives.
         platforms: platforms that this lowering serves; empty means every one.
+        memory_format_of: names of the arguments whose memory format (channels last, if one of them has it) the results have,
+            where torch's meta kernel gives row-major strides.
         dtypes: dtypes of the first tensor argument that it serves; empty means every one.
         when: a predicate over the call's arguments, `jax.ShapeDtypeStruct`s in place of tensors.
         priority: the highest whose conditions hold is taken.
@@ -75,6 +78,7 @@ class Lowering:
     meta: bool = True
     platforms: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
+    memory_format_of: tuple[str, ...] = ()
     when: Callable[..., bool] | None = None
     priority: int = 0
     provider: str = ""

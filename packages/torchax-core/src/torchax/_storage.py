@@ -87,6 +87,14 @@ def dense_meta(shape: tuple[int, ...], dtype: torch.dtype, index: int = 0) -> Te
     return meta_of(shape, contiguous_strides(shape), dtype, index)
 
 
+def numpy_strides(x: np.ndarray) -> tuple[int, ...] | None:
+    """Strides of a NumPy array in elements; None of one that is empty, has gaps or repeats elements."""
+    order = np.argsort([-s for s in x.strides], kind="stable")
+    if not x.transpose(order).flags.c_contiguous or min(x.strides, default=1) <= 0 or not x.size:
+        return None
+    return tuple(s // x.itemsize for s in x.strides)
+
+
 _addresses = itertools.count(1)
 
 

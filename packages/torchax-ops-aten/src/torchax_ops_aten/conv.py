@@ -83,7 +83,7 @@ def _empty(x, w) -> bool:
     return x.size == 0 or w.size == 0
 
 
-@lowering(aten.convolution.default)
+@lowering(aten.convolution.default, memory_format_of=("input", "weight"))
 def convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
     """Cross-correlation, or its transpose, of ``[N, C, *spatial]``."""
     rank = input.ndim - 2
@@ -121,7 +121,7 @@ def _dilated(x, w, stride, padding, dilation, output_padding, groups: int):
     )  # fmt: skip
 
 
-@lowering(aten._convolution.default)
+@lowering(aten._convolution.default, memory_format_of=("input", "weight"))
 def _convolution(
     input,
     weight,

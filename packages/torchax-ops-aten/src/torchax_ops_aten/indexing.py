@@ -259,17 +259,17 @@ def nonzero(x):
     values = np.asarray(x)
     if values.ndim == 0:
         return np.zeros((int(values != 0), 0), np.int64)
-    return np.argwhere(values != 0)
+    return np.argwhere(values != 0)  # column after column in memory, as torch's
 
 
-@lowering(aten.nonzero_static.default)
+@lowering(aten.nonzero_static.default, meta=False)  # torch's meta kernel gives the strides of CUDA
 def nonzero_static(x, *, size, fill_value=-1):
     """The first `size` indices of elements that are not zero, filled up with `fill_value`."""
     if x.ndim == 0:
-        return jnp.zeros((size, 0), jnp.int32)
+        return jnp.zeros((size, 0), jnp.int64)
     found = jnp.nonzero(x.reshape(-1) != 0, size=size, fill_value=x.size)[0]
     where = jnp.stack(jnp.unravel_index(found, x.shape) if x.size else [found] * x.ndim, 1)
-    return jnp.where(found[:, None] < x.size, where, fill_value)
+    return jnp.where(found[:, None] < x.size, where, fill_value).astype(jnp.int64)
 
 
 @lowering(aten.embedding.default)

@@ -55,7 +55,7 @@ def _transposed(forward):
 
 
 PADS = [
-    Lowering(op=f"aten::{name}_pad{n}d{suffix}", fn=fn, table=True)
+    Lowering(op=f"aten::{name}_pad{n}d{suffix}", fn=fn, table=True, memory_format_of=("self",))
     for name, forward in (("reflection", reflection_pad), ("replication", replication_pad))
     for suffix, fn in (("", forward), ("_backward", _transposed(forward)))
     for n in (1, 2, 3)

@@ -36,7 +36,7 @@ def flip(x, dims):
     return x if x.ndim == 0 else lax.rev(x, tuple(dimension(d, x.ndim) for d in dims))
 
 
-@lowering(aten.roll.default, operands=("shifts",))
+@lowering(aten.roll.default, operands=("shifts",), memory_format_of=("self",))
 def roll(x, shifts, dims=()):
     """Shift circularly; without `dims`, in the flattened order."""
     if x.size == 0:
@@ -69,7 +69,7 @@ def triu(x, diagonal=0):
     return jnp.where(_diagonal_distance(x, diagonal) <= 0, x, jnp.zeros((), x.dtype))
 
 
-@lowering(aten.pixel_shuffle.default)
+@lowering(aten.pixel_shuffle.default, memory_format_of=("self",))
 def pixel_shuffle(x, upscale_factor):
     """``(*, C r^2, H, W)`` to ``(*, C, H r, W r)``."""
     *batch, c, h, w = x.shape
