@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -197,3 +199,38 @@ def test_grad_scaler_skips_steps_with_infinite_gradients():
     fresh = torch.amp.GradScaler("jax")
     fresh.load_state_dict(scaler.state_dict())
     assert fresh.get_scale() == 2.0
+
+
+def _in_a_thread(fn):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(fn()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def test_every_thread_starts_with_the_same_dtype():
+    def run():
+        with torch.autocast("jax"):
+            return torch.get_autocast_dtype("jax"), torch.mm(ones(2, 2), ones(2, 2)).dtype
+
+    def switched():
+        torch.set_autocast_enabled("jax", True)
+        return torch.mm(ones(2, 2), ones(2, 2)).dtype
+
+    assert run() == _in_a_thread(run) == (torch.bfloat16, torch.bfloat16)
+    assert _in_a_thread(switched) == torch.bfloat16
+    assert _in_a_thread(lambda: torch.get_autocast_dtype("cpu")) == torch.get_autocast_dtype("cpu")
+
+
+def test_a_thread_may_set_another_dtype():
+    def run():
+        torch.set_autocast_dtype("jax", torch.float16)
+        with torch.autocast("jax"):
+            inside = torch.mm(ones(2, 2), ones(2, 2)).dtype
+        with torch.autocast("jax", dtype=torch.bfloat16):
+            pass
+        return torch.get_autocast_dtype("jax"), inside
+
+    assert _in_a_thread(run) == (torch.float16, torch.float16)
+    assert torch.get_autocast_dtype("jax") == torch.bfloat16

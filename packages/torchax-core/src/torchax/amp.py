@@ -6,6 +6,7 @@ The lists are those that PyTorch documents for its accelerators (https://docs.py
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -51,8 +52,32 @@ def install() -> None:
             if found is None or (overload or "default") not in found.overloads():
                 continue
             _library.impl(name, _kernel(getattr(found, overload or "default"), target))
-    torch.set_autocast_dtype("jax", torch.bfloat16)  # what every platform computes well
+    torch.get_autocast_dtype = _get_autocast_dtype
+    torch.set_autocast_dtype = _set_autocast_dtype
     _library.impl("binary_cross_entropy", _refuse_binary_cross_entropy)
+
+
+# C++ keeps the dtype for each thread, and every thread starts with float16
+class _Thread(threading.local):
+    has_dtype = False
+
+
+_thread = _Thread()
+_torch_get, _torch_set = torch.get_autocast_dtype, torch.set_autocast_dtype
+
+
+def _get_autocast_dtype(device_type: str) -> torch.dtype:
+    """`torch.get_autocast_dtype`: for ``jax`` bfloat16, which every platform computes well, if the thread has set no other."""
+    if device_type == "jax" and not _thread.has_dtype:
+        _set_autocast_dtype("jax", torch.bfloat16)
+    return _torch_get(device_type)
+
+
+def _set_autocast_dtype(device_type: str, dtype: torch.dtype) -> None:
+    """`torch.set_autocast_dtype`."""
+    _torch_set(device_type, dtype)
+    if device_type == "jax":
+        _thread.has_dtype = True
 
 
 def _kernel(op: Any, target: Callable[[list[torch.Tensor]], torch.dtype]) -> Callable[..., Any]:
