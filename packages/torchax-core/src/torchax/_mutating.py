@@ -16,6 +16,7 @@ from ._functional import FunctionalRule, fresh_returns, unwrapped, wrap_nest
 from ._infer import NoMeta, infer
 from ._lower import composite_rule
 from ._placing import device_index, mixed_devices
+from ._rehearsal import Outcome, rehearse
 from ._signature import Signature
 from ._storage import TensorMeta
 from ._twins import functional_twin
@@ -36,6 +37,7 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
         and not any("Tensor" in str(a.type) for a in twin._schema.arguments)
     )
     checked: set[Any] = set()
+    outcomes: dict[Any, Outcome | None] = {}
     signature = Signature(func, (), numbers=True)
     settled: dict[Any, Any] = {}  # key of the functional op -> its entry, where the result is what the target holds
     needed, defaults = _defaults_of(func, twin)
@@ -56,16 +58,17 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
             except (ImpureTrace, errors.LoweringError):  # nothing has been written
                 return checked_rule(args, kwargs)
             return args[0]
+        meta = args[0]._m
         result = checked_rule(args, kwargs)
         entry = functional.cache.get(key)
-        if entry is not None and entry.plain and entry.metas is args[0]._m:
+        if entry is not None and entry.plain and entry.metas is meta:
             settled[key] = entry
         return result
 
     def checked_rule(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if len(args) < needed:
             args = (*args, *defaults[len(args) - needed :])
-        key = None
+        key, call = None, (args, kwargs)
         if outs:
             kwargs = dict(kwargs)
             targets: list[Any] = [kwargs.pop(name) for name in outs]
@@ -77,13 +80,13 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
             if key in checked:
                 key = None
             else:
-                check_inplace(func, args, kwargs, targets)
+                check_inplace(func, twin, args, kwargs, targets)
         values, metas = _run_raw(twin, args, kwargs)
         if len(targets) == 1 and (type(metas) is TensorMeta or not schema.returns):
             values, metas = (values,), (metas,)
         fresh = 0 if outs else fresh_returns(func)
-        if outs:
-            for target, meta in zip(targets, metas, strict=False):
+        if not all(map(_fits, targets, metas[fresh:])) and not _as_rehearsed(*call, targets, metas[fresh:]):
+            for target, meta in zip(targets if outs else (), metas, strict=False):
                 prepare_out(target, meta, func)
         if key is not None:
             for target, meta in zip(targets, metas[fresh:], strict=False):
@@ -100,7 +103,36 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
             return None
         return targets[returned[0]] if len(returned) == 1 else tuple([targets[i] for i in returned])
 
+    def _as_rehearsed(args: tuple[Any, ...], kwargs: dict[str, Any], targets: list[Any], metas: Any) -> bool:
+        """Refuse or resize targets that do not fit the results as CPU torch does; whether that could be found out."""
+        if not all(type(m) is TensorMeta for m in metas) or not all(type(t) is Tensor for t in targets):
+            return False
+        for t, m in zip(targets, metas, strict=True):
+            if t._m.index != m.index:
+                raise mixed_devices(f"jax:{m.index}", str(t.device), func)
+        key = signature.bind(args, kwargs)[0]
+        outcome = outcomes[key] if key in outcomes else rehearse(func, twin, args, kwargs, targets, metas)
+        if outcome is None or outcome.error is None:
+            outcomes[key] = outcome
+        if outcome is None:
+            return False
+        if outcome.error is not None:
+            raise outcome.error
+        for target, meta, (shape, strides) in zip(targets, metas, outcome.layouts, strict=True):
+            if target._m.shape != shape:
+                if outcome.warned and target._m.numel:
+                    warn_of_resize(target, meta)
+                _core_ops.resize(target, shape, strides)
+        return True
+
     return rule
+
+
+def _fits(target: Any, meta: Any) -> bool:
+    """Whether a result can be written as it is."""
+    if type(meta) is not TensorMeta or target is None:
+        return True
+    return type(target) is Tensor and target._m.shape == meta.shape and target._m.dtype is meta.dtype
 
 
 def _defaults_of(func: Any, twin: Any) -> tuple[int, tuple[Any, ...]]:
@@ -132,7 +164,7 @@ def _write(target: Any, value: Any, meta: Any) -> None:
         state.executor.write(target, value)
 
 
-def check_inplace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], targets: list[Any]) -> None:
+def check_inplace(func: Any, twin: Any, args: tuple[Any, ...], kwargs: dict[str, Any], targets: list[Any]) -> None:
     """torch's own refusals of an in-place call: broadcasting, casts, overlapping memory. Nothing has been changed yet."""
     index = device_index(func, args, kwargs)
     flat = [
@@ -150,6 +182,10 @@ def check_inplace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], targ
         infer(func, args, kwargs, index, fresh=True)
     except NoMeta:
         return
+    except Exception:
+        outcome = rehearse(func, twin, args, kwargs, flat, ())
+        if outcome is None or outcome.error is not None:  # else: CPU torch resizes it
+            raise
 
 
 def check_cast(meta: Any, target: Any) -> None:
@@ -176,15 +212,20 @@ def prepare_out(out: Tensor, meta: Any, func: Any) -> None:
     check_cast(meta, out)
     if out._m.shape != meta.shape:
         if out._m.numel:
-            warnings.warn(
-                f"An output with one or more elements was resized since it had shape {list(out._m.shape)}, which does not match the "
-                f"required output shape {list(meta.shape)}. This behavior is deprecated, and in a future PyTorch release outputs will "
-                "not be resized unless they have zero elements. You can explicitly reuse an out tensor t by resizing it, inplace, to "
-                "zero elements with t.resize_(0).",
-                UserWarning,
-                stacklevel=2,
-            )
+            warn_of_resize(out, meta)
         _core_ops.resize(out, meta.shape, meta.strides)
+
+
+def warn_of_resize(out: Tensor, meta: TensorMeta) -> None:
+    """torch's warning."""
+    warnings.warn(
+        f"An output with one or more elements was resized since it had shape {list(out._m.shape)}, which does not match the "
+        f"required output shape {list(meta.shape)}. This behavior is deprecated, and in a future PyTorch release outputs will "
+        "not be resized unless they have zero elements. You can explicitly reuse an out tensor t by resizing it, inplace, to "
+        "zero elements with t.resize_(0).",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def _scalar_name(dtype: torch.dtype) -> str:

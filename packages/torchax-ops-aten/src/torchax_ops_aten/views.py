@@ -10,7 +10,7 @@ from torchax.ops import aten, lowering, view_lowering
 
 
 # ---------------------------------------------------------------------- shape only
-@view_lowering(aten.view.default, aten._reshape_alias.default)
+@view_lowering(aten.view.default, aten._reshape_alias.default, aten._unsafe_view.default)
 def view(x, size, *_):
     """The same elements in another shape."""
     return x.reshape(size)
@@ -175,7 +175,7 @@ def _windows(length, size, step):
 
 
 # ---------------------------------------------------------------------- several aliases
-@lowering(aten.split.Tensor, kind="views")
+@lowering(aten.split.Tensor, aten.unsafe_split.Tensor, kind="views")
 def split(shape, split_size, dim=0):
     """Slices of `split_size`, the last one smaller."""
     if not shape or not -len(shape) <= dim < len(shape) or split_size < 0:
@@ -187,7 +187,7 @@ def split(shape, split_size, dim=0):
     return [(aten.slice.Tensor, dim, i, min(i + split_size, size), 1) for i in starts]
 
 
-@lowering(aten.split_with_sizes.default, kind="views")
+@lowering(aten.split_with_sizes.default, aten.unsafe_split_with_sizes.default, kind="views")
 def split_with_sizes(shape, split_sizes, dim=0):
     """Slices of the given sizes."""
     if (

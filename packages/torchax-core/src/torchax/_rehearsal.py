@@ -1,0 +1,108 @@
+"""What CPU torch does when the tensor to be written does not fit the result: found out on CPU tensors of the same metadata.
+
+Ops differ there. Some resize it (with a warning or without), some cast, some refuse, and their meta kernels do not say which.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map
+
+from ._storage import TensorMeta
+from .tensor import Tensor
+
+_MOST = 1 << 16  # elements that a rehearsal may hold
+
+
+class Outcome(NamedTuple):
+    """What became of a rehearsal.
+
+    Attributes:
+        error: what CPU torch raises; None if nothing.
+        warned: whether it warns that it resizes.
+        layouts: shapes and strides of the written tensors afterwards.
+    """
+
+    error: Exception | None
+    warned: bool
+    layouts: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+
+def rehearse(
+    func: Any, twin: Any, args: tuple[Any, ...], kwargs: dict[str, Any], targets: list[Tensor], metas: Any
+) -> Outcome | None:
+    """Run `func` on CPU tensors of the same metadata.
+
+    Args:
+        func: the in-place op, or the one with ``out=``.
+        twin: its functional op.
+        args: the call's arguments.
+        kwargs: its keyword arguments.
+        targets: the tensors among them that are written.
+        metas: metadata of the results.
+
+    Returns:
+        None where that says nothing: the tensors are large, or the op fails on their values.
+    """
+    tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+    if sum(_extent(t.shape, t.stride()) for t in tensors) + sum(m.numel for m in metas) > _MOST:
+        return None
+    copies: dict[int, torch.Tensor] = {}
+
+    def on_cpu(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            if id(x) not in copies:
+                copies[id(x)] = _stand_in(x._m)
+            return copies[id(x)]
+        if isinstance(x, torch.device):
+            return torch.device("cpu")
+        return None if isinstance(x, torch.Generator) else x
+
+    cargs, ckwargs = tree_map(on_cpu, args), tree_map(on_cpu, kwargs)
+    error = None
+    with torch.no_grad(), torch.random.fork_rng(devices=()), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            _with_warnings(lambda: func(*cargs, **ckwargs))
+        except Exception as raised:
+            error = raised
+            names = {a.name for a in func._schema.arguments if a.is_out}
+            try:
+                copies.clear()
+                twin(*tree_map(on_cpu, args), **tree_map(on_cpu, {k: v for k, v in kwargs.items() if k not in names}))
+            except Exception:  # these values are wrong, or these operands
+                return None
+    written = [copies[id(t)] for t in targets if id(t) in copies]
+    layouts = tuple((tuple(t.shape), tuple(t.stride())) for t in written) if error is None else ()
+    return Outcome(error, any("resized" in str(w.message) for w in caught), layouts)
+
+
+def _with_warnings(call: Callable[[], Any]) -> None:
+    """Call; warnings of torch's C++ are given to Python before this returns, not when the outermost op does."""
+
+    def once(x: float) -> float:
+        call()
+        return x
+
+    torch.zeros(1).apply_(once)
+
+
+def _stand_in(meta: TensorMeta) -> torch.Tensor:
+    """Indices in range, weights that sum up; matrices that have inverses and factors."""
+    inexact = meta.dtype.is_floating_point or meta.dtype.is_complex
+    square = len(meta.shape) > 1 and meta.shape[-1] == meta.shape[-2]
+    filled = torch.ones if inexact and not square else torch.zeros
+    value = filled(_extent(meta.shape, meta.strides), dtype=meta.dtype).as_strided(meta.shape, meta.strides)
+    if inexact and square:
+        value.diagonal(dim1=-2, dim2=-1).fill_(1)
+    return value
+
+
+def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """The least number of elements in a storage that holds such a tensor."""
+    return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if math.prod(shape) else 0
