@@ -12,6 +12,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
 from . import convert, dtypes, errors, random
+from ._checks import Check, checked, settle, wait_for
 from ._dispatch import RULES
 from ._execute import Program, state
 from ._execute.traced import ImpureTrace
@@ -40,6 +41,7 @@ class Entry:
 
     __slots__ = (
         "apply",
+        "checks",
         "dynamic",
         "index",
         "lowering",
@@ -65,7 +67,10 @@ class Entry:
         self.operand_kinds: tuple[bool, ...] = ()  # whether each operand is a tensor
         self.single = type(metas) is TensorMeta
         self.dynamic = lowering is not None and lowering.kind == "dynamic"
-        stateful = lowering is not None and (lowering.random or lowering.writes or lowering.kind == "stateful")
+        self.checks: list[Check] = []  # filled when the program is traced
+        stateful = lowering is not None and (
+            lowering.random or lowering.writes or lowering.checks or lowering.kind == "stateful"
+        )
         self.plain = program is not None and not stateful
 
 
@@ -153,13 +158,13 @@ class FunctionalRule:
             metas = infer(func, args, kwargs, index) if entry is None or entry.meta else None
         except NoMeta:
             metas = None
+        if entry is not None and entry.memory_format_of and metas is not None:
+            metas = in_memory_format_of(entry.memory_format_of, func, args, kwargs, metas)
         results = metas
         if entry is not None and (entry.kind == "stateful" or entry.writes):
             results = self._with_writes(metas, entry, args, kwargs)
         apply = self._apply(entry, args, kwargs, results, index)
         if apply is None:
-        if entry is not None and entry.memory_format_of and metas is not None:
-            metas = in_memory_format_of(entry.memory_format_of, func, args, kwargs, metas)
             return Entry(None, lambda a, k: missing(func, a, k), None, template, index, None)
         operands = self.signature.bind(args, kwargs)[1]
         random_op = entry is not None and entry.random
@@ -181,7 +186,14 @@ class FunctionalRule:
         wide = any(type(o) is not Tensor or o._m.wide for o in operands) or any(
             type(m) is TensorMeta and m.wide for m in tree_flatten(metas)[0]
         )
-        resolved = Entry(Program(run, func.name(), wide or random_op, index), apply, metas, template, index, entry)
+        checks: list[Check] = []
+        program = (
+            Program(run, func.name(), True, index, checked(run, checks))
+            if entry is not None and entry.checks
+            else Program(run, func.name(), wide or random_op, index)
+        )
+        resolved = Entry(program, apply, metas, template, index, entry)
+        resolved.checks = checks
         resolved.operand_kinds = tuple(type(o) is Tensor for o in operands)
         return resolved
 
@@ -239,12 +251,20 @@ class FunctionalRule:
     def _stateful(self, entry: Entry, operands: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         executor, lowering = state.executor, entry.lowering
         assert lowering is not None
+        generator = None
         if lowering.random:
             generator = random.source(kwargs.get("generator"), entry.index)
-            out, after = executor.run(entry.program, (generator.load(), *operands))
+            operands = (generator.load(), *operands)
+        out = executor.run(entry.program, operands)
+        if lowering.checks and executor.owner is None:
+            out, flags = out
+            if flags:
+                wait_for(self.func.name(), entry.checks, flags)
+                if config.eager == "debug":
+                    settle()
+        if generator is not None:
+            out, after = out
             generator.store(after)
-        else:
-            out = executor.run(entry.program, operands)
         targets = _written(self.func, lowering, args, kwargs)
         if not targets:
             return wrap_nest(out, entry.metas)
@@ -270,6 +290,7 @@ class FunctionalRule:
                 f"{self.func}: the shape of its result depends on values, which are not known while a function is traced. "
                 "Use a form of fixed size (torch.where, masked sums, nonzero_static), or call it outside of the compiled function"
             )
+        settle()
         a, k = place(entry.template, arrays)
         with jax.enable_x64(True):
             out = entry.apply(a, k)
@@ -281,7 +302,10 @@ class FunctionalRule:
             shape, dtype = tuple(value.shape), dtypes.to_torch(value.dtype)
             strides = numpy_strides(x) if isinstance(x, np.ndarray) else None
             return wrap(
-                value, dense_meta(shape, dtype, entry.index) if strides is None else meta_of(shape, strides, dtype, entry.index)
+                value,
+                dense_meta(shape, dtype, entry.index)
+                if strides is None
+                else meta_of(shape, strides, dtype, entry.index),
             )
 
         return tree_map(result, out)
@@ -345,5 +369,7 @@ def wrap_nest(out: Any, metas: Any) -> Any:
     if type(metas) is TensorMeta:
         return wrap(out, metas)
     if isinstance(metas, list | tuple):
-        return type(metas)([None if m is None or o is None else wrap_nest(o, m) for o, m in zip(out, metas, strict=True)])
+        return type(metas)(
+            [None if m is None or o is None else wrap_nest(o, m) for o, m in zip(out, metas, strict=True)]
+        )
     return metas

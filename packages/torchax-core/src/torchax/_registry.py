@@ -48,11 +48,12 @@ class Lowering:
         saves_result: whether `backward` is given the result, which then may not be overwritten before it; None if not.
         random: `fn` takes a keyword ``key``, a fresh PRNG key.
         writes: names of arguments whose new values `fn` returns after the results.
+        checks: `fn` states errors that depend on values with `torchax.ops.raise_if`.
         meta: whether torch's meta kernel says shapes and dtypes of the results. False where it refuses what CPU torch
             takes: then they are those that `fn` gives.
-        platforms: platforms that this lowering serves; empty means every one.
         memory_format_of: names of the arguments whose memory format (channels last, if one of them has it) the results have,
             where torch's meta kernel gives row-major strides.
+        platforms: platforms that this lowering serves; empty means every one.
         dtypes: dtypes of the first tensor argument that it serves; empty means every one.
         when: a predicate over the call's arguments, `jax.ShapeDtypeStruct`s in place of tensors.
         priority: the highest whose conditions hold is taken.
@@ -75,10 +76,11 @@ class Lowering:
     saves_result: bool = False
     random: bool = False
     writes: tuple[str, ...] = ()
+    checks: bool = False
     meta: bool = True
+    memory_format_of: tuple[str, ...] = ()
     platforms: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
-    memory_format_of: tuple[str, ...] = ()
     when: Callable[..., bool] | None = None
     priority: int = 0
     provider: str = ""

@@ -14,6 +14,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import dtypes, errors
+from ._checks import settle
 from ._execute import Program, state
 from ._storage import PendingStorage, Storage, TensorMeta, dense_meta, meta_of, physical_order
 from ._views import strided_view
@@ -135,6 +136,7 @@ def host_array(value: Any, what: str) -> np.ndarray:
 
     Raises:
         TracerEscaped: they are being traced and have no values.
+        Exception: what an earlier op found wrong with values (`_checks`).
     """
     if isinstance(value, jax.core.Tracer):
         from ._execute._where import user_line
@@ -148,6 +150,7 @@ def host_array(value: Any, what: str) -> np.ndarray:
             f"{what} needs the values of a tensor that {when}{user_line()}; inside a compiled function use torch.where, "
             "torch.cond or tensor arithmetic instead of Python numbers, or do this outside of it"
         )
+    settle()
     try:
         return np.asarray(value)
     except RuntimeError as error:

@@ -10,6 +10,7 @@ import jax
 import torch
 
 from . import convert, random
+from ._checks import settle
 
 __all__ = [
     "amp", "current_device", "device", "device_count", "empty_cache", "get_amp_supported_dtype", "get_rng_state", "get_rng_state_all", "initial_seed", "is_available",
@@ -84,13 +85,18 @@ class device:  # the name torch.cuda has
 
 
 def synchronize(device: Any = None) -> None:
-    """Wait until the device has done all that was queued."""
+    """Wait until the device has done all that was queued.
+
+    Raises:
+        Exception: what an op of this thread found wrong with values, an index out of range say.
+    """
     target = convert.jax_device(_index(device))
     jax.device_put(0, target).block_until_ready()
     jax.effects_barrier()
     for array in jax.live_arrays():
         if not array.is_deleted() and target in array.devices():
             array.block_until_ready()
+    settle()
 
 
 def memory_stats(device: Any = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from . import dtypes, errors
+from ._checks import settle
 from ._dispatch import dispatch
 from ._execute import state
 from ._storage import Storage, StorageView, TensorMeta, dense_meta
@@ -115,8 +116,13 @@ class Tensor(torch.Tensor):
         return getattr(self.jax(), "device", None)
 
     def block_until_ready(self) -> Tensor:
-        """Wait until the value has been computed."""
+        """Wait until the value has been computed.
+
+        Raises:
+            Exception: what an op of this thread found wrong with values, an index out of range say.
+        """
         jax.block_until_ready(self.jax())
+        settle()
         return self
 
     # ------------------------------------------------------------------ what C++ refuses to a subclass

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from torchax.dtypes import to_jax, to_torch
+from torchax.ops import raise_if
 
 INT32_MAX = 2**31 - 1
 
@@ -39,6 +40,20 @@ def wrap(index, size):
         return narrow(index, size)
     index = narrow(index, size)
     return jnp.where(index < 0, index + size, index)
+
+
+def check_range(index, size, dim=0, error=IndexError, message="", negative=False):
+    """State that every index lies in ``[0, size)``, or in ``[-size, size)`` where `negative` ones count from the end."""
+    bad = index >= size
+    if not jnp.issubdtype(index.dtype, jnp.unsignedinteger):
+        bad |= index < (-size if negative else 0)
+    raise_if(bad, error, message or f"index {{}} is out of bounds for dimension {dim} with size {size}", index)
+
+
+def check_elements(index, size):
+    """State that every index is one of a flattened array of `size` elements, negative ones counted from the end."""
+    message = f"out of range: tried to access index {{}} on a tensor of {size} elements."
+    check_range(index, size, message=message, negative=True)
 
 
 def position(index, size):

@@ -5,7 +5,7 @@ import numbers
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from torchax.ops import aten, lowering, table
+from torchax.ops import aten, lowering, raise_if, table
 
 from ._common import complex_log_add_exp, default_float, is_complex, is_float, is_inexact, wide
 
@@ -51,7 +51,7 @@ def div(x, other):
     return jnp.true_divide(x, other)
 
 
-@lowering(aten.div.Tensor_mode, aten.div.Scalar_mode, promote="keep")
+@lowering(aten.div.Tensor_mode, aten.div.Scalar_mode, promote="keep", checks=True)
 def div_mode(x, other, *, rounding_mode=None):
     """x / other, then rounded towards zero ("trunc") or down ("floor")."""
     x, other = _pair(x, other)
@@ -66,15 +66,23 @@ def div_mode(x, other, *, rounding_mode=None):
     return jnp.trunc(quotient.astype(x.dtype)) if rounding_mode == "trunc" else quotient
 
 
+def _nonzero(divisor):
+    """State that integers are not divided by zero."""
+    if not is_inexact(divisor):
+        raise_if(divisor == 0, RuntimeError, "ZeroDivisionError")
+
+
 def _int_trunc(x, other):
+    _nonzero(other)
     return lax.div(*jnp.broadcast_arrays(x, other))
 
 
-@lowering(aten.floor_divide.default, aten.floor_divide.Scalar, promote="default")
+@lowering(aten.floor_divide.default, aten.floor_divide.Scalar, promote="default", checks=True)
 def floor_divide(x, other):
     """Floor division as Python defines it (c10::div_floor_floating for floats)."""
     x, other = _pair(x, other)
     if not is_float(x):
+        _nonzero(other)
         return jnp.floor_divide(x, other)
     x, other = jnp.broadcast_arrays(x, other)
     mod = lax.rem(x, other)
@@ -86,20 +94,23 @@ def floor_divide(x, other):
     return jnp.where(other == 0, x / other, result)
 
 
-@lowering(aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor, promote="default")
+@lowering(aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor, promote="default", checks=True)
 def remainder(x, other):
     """x modulo other, with the sign of other."""
     x, other = jnp.broadcast_arrays(*_pair(x, other))
     if x.dtype == np.bool_:
         return x & ~other
+    _nonzero(other)
     mod = lax.rem(x, other)
     return jnp.where((mod != 0) & ((other < 0) != (mod < 0)), mod + other, mod)
 
 
-@lowering(aten.fmod.Tensor, aten.fmod.Scalar, promote="default")
+@lowering(aten.fmod.Tensor, aten.fmod.Scalar, promote="default", checks=True)
 def fmod(x, other):
     """x modulo other, with the sign of x."""
-    return lax.rem(*jnp.broadcast_arrays(*_pair(x, other)))
+    x, other = _pair(x, other)
+    _nonzero(other)
+    return lax.rem(*jnp.broadcast_arrays(x, other))
 
 
 _POWERS = {0.0: jnp.ones_like, 1.0: lambda x: x, 2.0: lambda x: x * x, 3.0: lambda x: x * x * x}

@@ -4,15 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
-from torchax.ops import aten, lowering, stateful
+from torchax.ops import aten, lowering, raise_if, stateful
 
 from ._index import is_half, opmath
 
 
-@stateful(aten.multinomial.default, random=True)
+@stateful(aten.multinomial.default, random=True, checks=True)
 def multinomial(x, num_samples, replacement=False, *, key):
     """Categories drawn with the weights in the rows of `x`; without replacement the order is that of the draws."""
     weights = x.astype(opmath(x.dtype))
+    bad = ~((weights >= 0) & (weights < jnp.inf))
+    raise_if(bad, RuntimeError, "probability tensor contains either `inf`, `nan` or element < 0")
+    enough = 1 if replacement else num_samples
+    message = f"invalid multinomial distribution: fewer than {enough} categories with a positive weight"
+    raise_if(jnp.sum(weights > 0, -1) < enough, RuntimeError, message)
     shape = (*x.shape[:-1], num_samples)
     if num_samples == 1 or not replacement:  # Gumbel top-k
         noisy = jnp.log(weights) + random.gumbel(key, weights.shape, weights.dtype)
@@ -26,9 +31,10 @@ def multinomial(x, num_samples, replacement=False, *, key):
     return jnp.minimum(find(ends, draws), last).astype(jnp.int32)
 
 
-@stateful(aten.poisson.default, random=True)
+@stateful(aten.poisson.default, random=True, checks=True)
 def poisson(x, *, key):
     """Poisson with rates `x`."""
+    raise_if(x < 0, RuntimeError, "invalid Poisson rate, expected rate to be non-negative")
     return random.poisson(key, x.astype(opmath(x.dtype)), x.shape).astype(x.dtype)
 
 

@@ -84,6 +84,8 @@ def bincount(x, weights=None, minlength=0):
     """How often each of 0, 1, 2, ... occurs, or the sum of its weights."""
     if not x.size:
         return jnp.zeros((minlength,), jnp.int64 if weights is None else _weight_dtype(weights))
+    if int(jnp.min(x)) < 0:
+        raise RuntimeError("bincount only supports 1-d non-negative integral inputs.")
     length = max(int(jnp.max(x)) + 1, minlength)
     if weights is None:
         return jnp.zeros((length,), jnp.int64).at[x].add(1)

@@ -5,9 +5,21 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from torchax.ops import aten, lowering
+from torchax.ops import aten, lowering, raise_if
 
-from ._index import at_least_1d, dimension, highest, is_half, lowest, narrow, opmath, scalar, wrap
+from ._index import (
+    at_least_1d,
+    check_elements,
+    check_range,
+    dimension,
+    highest,
+    is_half,
+    lowest,
+    narrow,
+    opmath,
+    scalar,
+    wrap,
+)
 
 _MASKS = (jnp.bool_, jnp.uint8)  # torch still takes uint8 index tensors for masks
 
@@ -26,6 +38,12 @@ def _basic(x, indices):
     return tuple(slice(None) if i is None else wrap(i, x.shape[d]) for d, i in enumerate(indices))
 
 
+def _check(x, indices):
+    for d, index in enumerate(indices):
+        if index is not None and not _is_mask(index):
+            check_range(index, x.shape[d], d, negative=True)
+
+
 def _without_masks(indices, nonzero):
     """Each mask replaced by the index tensors of its True elements, which ``nonzero(mask)`` finds."""
     plain = []
@@ -34,9 +52,10 @@ def _without_masks(indices, nonzero):
     return plain
 
 
-@lowering(aten.index.Tensor, aten._unsafe_index.Tensor)
+@lowering(aten.index.Tensor, aten._unsafe_index.Tensor, checks=True)
 def index_tensor(x, indices):
     """``x[indices]``, None for a whole dimension."""
+    _check(x, indices)
     index = _basic(x, indices)
     if not x.size:
         return jnp.zeros(_selection(x.shape, indices)[0], x.dtype)
@@ -66,11 +85,12 @@ def _on_host(x):
     return all(device.platform == "cpu" for device in x.devices())
 
 
-@lowering(aten.index_put.default, aten._unsafe_index_put.default, aten._index_put_impl.default)
+@lowering(aten.index_put.default, aten._unsafe_index_put.default, aten._index_put_impl.default, checks=True)
 def index_put(x, indices, values, accumulate=False, unsafe=False):
     """`x` with `values` written to (or added at) ``x[indices]``; of equal positions the last wins."""
     del unsafe
     values = values.astype(x.dtype)
+    _check(x, indices)
     if not x.size:
         return x
     masks = [d for d, i in enumerate(indices) if _is_mask(i)]
@@ -128,21 +148,23 @@ def _positions(x, indices, values):
     return _without_masks(indices, nonzero)
 
 
-@lowering(aten.index_select.default)
+@lowering(aten.index_select.default, checks=True)
 def index_select(x, dim, index):
     """Slices of `x` along `dim`, in the order of `index`."""
     if x.ndim == 0:
         return x
     dim = dimension(dim, x.ndim)
+    check_range(index, x.shape[dim], message="index out of range in self")
     if not x.size:
         return jnp.zeros((*x.shape[:dim], index.size, *x.shape[dim + 1 :]), x.dtype)
     return jnp.take(x, narrow(index.reshape(-1), x.shape[dim]), dim, mode="clip")
 
 
-def _along(x, dim, index):
+def _along(x, dim, index, **check):
     """`x` at least 1-d and the index expression of slices along `dim`."""
     dim = dimension(dim, x.ndim)
     full = at_least_1d(x)
+    check_range(index, full.shape[dim], dim, **check)
     return full, (*(slice(None),) * dim, wrap(index.reshape(-1), full.shape[dim]))
 
 
@@ -153,10 +175,10 @@ def _sources(x, dim, source):
     return source
 
 
-@lowering(aten.index_add.default)
+@lowering(aten.index_add.default, checks=True)
 def index_add(x, dim, index, source, alpha=1):
     """`x` with slices of `source` (times `alpha`) added at `index` along `dim`."""
-    full, at = _along(x, dim, index)
+    full, at = _along(x, dim, index, error=RuntimeError)
     source = _sources(x, dim, source)
     if not (isinstance(alpha, (int, float)) and alpha == 1):
         source = source * scalar(alpha, source.dtype)
@@ -165,7 +187,7 @@ def index_add(x, dim, index, source, alpha=1):
     return full.at[at].add(source.astype(x.dtype), mode="drop", wrap_negative_indices=False).reshape(x.shape)
 
 
-@lowering(aten.index_copy.default)
+@lowering(aten.index_copy.default, checks=True)
 def index_copy(x, dim, index, source):
     """`x` with slices of `source` written at `index` along `dim`."""
     full, at = _along(x, dim, index)
@@ -173,18 +195,18 @@ def index_copy(x, dim, index, source):
     return full.at[at].set(values, mode="drop", wrap_negative_indices=False).reshape(x.shape)
 
 
-@lowering(aten.index_fill.int_Scalar, aten.index_fill.int_Tensor)
+@lowering(aten.index_fill.int_Scalar, aten.index_fill.int_Tensor, checks=True)
 def index_fill(x, dim, index, value):
     """`x` with `value` in the slices at `index` along `dim`."""
-    full, at = _along(x, dim, index)
+    full, at = _along(x, dim, index, negative=True)
     values = scalar(value, x.dtype)
     return full.at[at].set(values, mode="drop", wrap_negative_indices=False).reshape(x.shape)
 
 
-@lowering(aten.index_reduce.default)
+@lowering(aten.index_reduce.default, checks=True)
 def index_reduce(x, dim, index, source, reduce, include_self=True):
     """`x` with slices of `source` reduced into it at `index` along `dim`."""
-    full, at = _along(x, dim, index)
+    full, at = _along(x, dim, index, message="index out of range in self")
     source = _sources(x, dim, source).astype(x.dtype)
     return reduce_at(full, at, source, reduce, include_self).reshape(x.shape)
 
@@ -213,15 +235,16 @@ def _identity(reduce, dtype):
     return {"amax": lowest, "amin": highest}.get(reduce, lambda d: np.zeros((), d))(dtype)
 
 
-@lowering(aten.put.default)
+@lowering(aten.put.default, checks=True)
 def put(x, index, source, accumulate=False):
     """`x` with `source` written to (or added at) positions of the flattened `x`."""
     flat = x.reshape(-1)
+    check_elements(index, flat.size)
     at = wrap(index.reshape(-1), flat.size)
     return _put(flat, (at,), source.reshape(-1).astype(x.dtype), accumulate).reshape(x.shape)
 
 
-@lowering(aten.masked_scatter.default)
+@lowering(aten.masked_scatter.default, checks=True)
 def masked_scatter(x, mask, source):
     """`x` with the first elements of `source` where `mask` is True, in order."""
     shape = np.broadcast_shapes(x.shape, mask.shape)
@@ -229,6 +252,9 @@ def masked_scatter(x, mask, source):
         return jnp.broadcast_to(x, shape)
     mask = jnp.broadcast_to(mask, shape)
     rank = jnp.cumsum(mask.reshape(-1), dtype=jnp.int32) - 1
+    raise_if(
+        rank[-1] >= source.size, RuntimeError, "masked_scatter: Number of elements of source < number of ones in mask"
+    )
     values = source.reshape(-1).astype(x.dtype).at[rank].get(mode="clip", wrap_negative_indices=False)
     return jnp.where(mask, values.reshape(shape), x)
 
@@ -272,10 +298,24 @@ def nonzero_static(x, *, size, fill_value=-1):
     return jnp.where(found[:, None] < x.size, where, fill_value).astype(jnp.int64)
 
 
-@lowering(aten.embedding.default)
+@lowering(aten.embedding.default, checks=True)
 def embedding(weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
     """Rows of `weight`."""
+    check_range(indices, weight.shape[0], message="index out of range in self")
     return jnp.take(weight, narrow(indices, weight.shape[0]), 0, mode="clip")
+
+
+def knows_classes(x, num_classes=-1):
+    """Whether the number of classes is given."""
+    return num_classes > 0
+
+
+@lowering(aten.one_hot.default, whole=True, when=knows_classes, checks=True)
+def one_hot(x, num_classes=-1):
+    """1 at the class that `x` names, else 0, in a last dimension of `num_classes`."""
+    raise_if(x < 0, RuntimeError, "Class values must be non-negative.")
+    raise_if(x >= num_classes, RuntimeError, "Class values must be smaller than num_classes.")
+    return (x[..., None] == jnp.arange(num_classes)).astype(jnp.int32)
 
 
 @lowering(aten.embedding_dense_backward.default)

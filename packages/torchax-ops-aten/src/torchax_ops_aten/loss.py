@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from torchax.ops import aten, lowering
+from torchax.ops import aten, lowering, raise_if
 
 from ._common import MEAN, SUM, reduce_loss, spread_loss, wide
+from ._index import check_range
 
 
 def _log_likelihood(x, target, weight, ignore_index):
@@ -22,6 +23,7 @@ def _nll(x, target, weight, reduction, ignore_index):
     if x.ndim == 1:
         target = target.reshape(())
     axis, counts, w = _log_likelihood(x, target, weight, ignore_index)
+    check_range(jnp.where(counts, target, 0), x.shape[axis], message="Target {} is out of bounds.")
     index = jnp.expand_dims(jnp.where(counts, target, 0), axis)
     picked = jnp.take_along_axis(wide(x), index, axis, mode="clip").squeeze(axis)
     loss = jnp.where(counts, -picked * w, 0)
@@ -31,7 +33,7 @@ def _nll(x, target, weight, reduction, ignore_index):
     return total / weights if reduction == MEAN else total, weights
 
 
-@lowering(aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
+@lowering(aten.nll_loss_forward.default, aten.nll_loss2d_forward.default, checks=True)
 def nll_loss(x, target, weight, reduction, ignore_index):
     """-weight[target] x[target], reduced, and the sum of the weights."""
     return _nll(x, target, weight, reduction, ignore_index)
@@ -95,9 +97,10 @@ def huber_loss_backward(grad, x, target, reduction, delta):
     return spread_loss(jnp.clip(x - target, -delta, delta) * grad, x.size, reduction)
 
 
-@lowering(aten.binary_cross_entropy.default, promote="default")
+@lowering(aten.binary_cross_entropy.default, promote="default", checks=True)
 def binary_cross_entropy(x, target, weight=None, reduction=MEAN):
     """-(target log(x) + (1 - target) log(1 - x)), logarithms bounded by -100."""
+    raise_if(~((x >= 0) & (x <= 1)), RuntimeError, "all elements of input should be between 0 and 1")
     loss = (target - 1) * jnp.maximum(jnp.log1p(-x), -100) - target * jnp.maximum(jnp.log(x), -100)
     return reduce_loss(loss if weight is None else loss * weight, reduction)
 

@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from torchax.ops import aten, lowering
+from torchax.ops import aten, lowering, raise_if
 
 from ._common import MEAN, SUM, wide
+from ._index import check_range
 
 
 def _rows(x):
@@ -21,6 +22,7 @@ def _reduced(loss, reduction, shape):
 def _multi(x, target, margin, weight):
     """Rows, where the target is, the margins (0 at the target), the factor of each row."""
     x = _rows(wide(x))
+    check_range(target, x.shape[1], error=RuntimeError, message="target out of range")
     target = target.reshape(-1).astype(np.int32)
     hit = lax.broadcasted_iota(np.int32, x.shape, 1) == target[:, None]
     own = jnp.sum(jnp.where(hit, x, 0), axis=1, keepdims=True)
@@ -31,7 +33,7 @@ def _multi(x, target, margin, weight):
     return hit, z, factor
 
 
-@lowering(aten.multi_margin_loss.default, static=("p",))
+@lowering(aten.multi_margin_loss.default, static=("p",), checks=True)
 def multi_margin_loss(x, target, p=1, margin=1, weight=None, reduction=MEAN):
     """The mean of max(0, margin - x[target] + x[j])**p over the other classes j."""
     _, z, factor = _multi(x, target, margin, weight)
@@ -52,6 +54,8 @@ def multi_margin_loss_backward(grad, x, target, p, margin, weight=None, reductio
 def _multilabel(x, target):
     """Rows, the targets before the first -1, which classes are targets, the hits [N, target, class], the margins."""
     x = _rows(wide(x))
+    message = f"argument #2 'target' is out of range: {{}} is not in [-1, {x.shape[1]})"
+    raise_if((target < -1) | (target >= x.shape[1]), RuntimeError, message, target)
     target = _rows(target).astype(np.int32)
     valid = jnp.cumsum((target < 0).astype(np.int32), axis=1) == 0
     classes = lax.broadcasted_iota(np.int32, (1, 1, x.shape[1]), 2)
@@ -62,7 +66,7 @@ def _multilabel(x, target):
     return x, is_target, hits, z
 
 
-@lowering(aten.multilabel_margin_loss_forward.default)
+@lowering(aten.multilabel_margin_loss_forward.default, checks=True)
 def multilabel_margin_loss(x, target, reduction):
     """The sum of max(0, 1 - x[t] + x[j]) over targets t and other classes j, and which classes are targets."""
     rows, is_target, _, z = _multilabel(x, target)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from jax import random
 from torchax.dtypes import to_jax
-from torchax.ops import aten, stateful
+from torchax.ops import aten, raise_if, stateful
 
 from ._index import is_half, opmath, scalar
 
@@ -150,19 +150,31 @@ def normal_float_float(mean, std, size, *, dtype=None, key):
 
 
 @stateful(
-    aten.normal.Tensor_float, aten.normal.float_Tensor, aten.normal.Tensor_Tensor, random=True, operands=("mean", "std")
+    aten.normal.Tensor_float,
+    aten.normal.float_Tensor,
+    aten.normal.Tensor_Tensor,
+    random=True,
+    operands=("mean", "std"),
+    checks=True,
 )
 def normal_tensor(mean, std=1.0, *, key):
     """Normal with a mean and deviation for every element."""
+    if not jnp.iscomplexobj(std):
+        raise_if(jnp.asarray(std) < 0, RuntimeError, "normal expects all elements of std >= 0.0")
     dtype = max((jnp.asarray(a) for a in (mean, std) if hasattr(a, "dtype")), key=np.ndim).dtype
     work = dtype if jnp.issubdtype(dtype, jnp.complexfloating) else _real(dtype)
     shape = np.broadcast_shapes(np.shape(mean), np.shape(std))
     return random.normal(key, shape, work) * scalar(std, work) + scalar(mean, work)
 
 
-@stateful(aten.bernoulli.default, random=True)
+def _check_probabilities(p):
+    raise_if(~((p >= 0) & (p <= 1)), RuntimeError, "bernoulli: expected probabilities in [0, 1]")
+
+
+@stateful(aten.bernoulli.default, random=True, checks=True)
 def bernoulli(x, *, key):
     """1 with the probability that `x` gives, else 0."""
+    _check_probabilities(x)
     return (random.uniform(key, x.shape, _real(x.dtype)) < x).astype(x.dtype)
 
 
@@ -173,9 +185,10 @@ def bernoulli_p(x, p, *, key):
     return (random.uniform(key, x.shape, work) < scalar(p, work)).astype(x.dtype)
 
 
-@stateful(aten.bernoulli.Tensor, random=True)
+@stateful(aten.bernoulli.Tensor, random=True, checks=True)
 def bernoulli_tensor(x, p, *, key):
     """1 with the probability that `p` gives, else 0, shaped as `x`."""
+    _check_probabilities(p)
     return (random.uniform(key, x.shape, _real(p.dtype)) < p).astype(x.dtype)
 
 

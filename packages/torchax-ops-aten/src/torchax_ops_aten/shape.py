@@ -5,7 +5,7 @@ import numpy as np
 from jax import lax
 from torchax.ops import aten, lowering
 
-from ._index import at_least_1d, bound, dimension, iota, position, result_dtype, scalar, wrap
+from ._index import at_least_1d, bound, check_elements, dimension, iota, position, result_dtype, scalar, wrap
 
 
 @lowering(aten.cat.default)
@@ -188,6 +188,8 @@ def repeat_interleave(repeats, output_size=None):
     """Each position as many times as `repeats` says."""
     del output_size
     repeats = np.asarray(repeats)
+    if (repeats < 0).any():
+        raise RuntimeError("repeats can not be negative")
     return jnp.asarray(np.repeat(np.arange(repeats.size, dtype=repeats.dtype), repeats))
 
 
@@ -203,10 +205,11 @@ def repeat_interleave_static(repeats, output_size=None):
     return jnp.searchsorted(ends, jnp.arange(output_size, dtype=ends.dtype), side="right").astype(repeats.dtype)
 
 
-@lowering(aten.take.default)
+@lowering(aten.take.default, checks=True)
 def take(x, index):
     """Elements of the flattened `x`."""
     flat = x.reshape(-1)
+    check_elements(index, flat.size)
     return flat.at[wrap(index, flat.size)].get(mode="clip", wrap_negative_indices=False) if flat.size else index
 
 

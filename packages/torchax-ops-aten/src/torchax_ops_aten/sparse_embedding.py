@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from torchax.ops import aten, lowering
 
+from ._index import check_range
 from .norm import wide
 
 _SUM, _MEAN, _MAX = 0, 1, 2
@@ -20,7 +21,7 @@ def _counted(indices, padding_idx: int):
     return indices != padding_idx if padding_idx >= 0 else jnp.ones(indices.shape, bool)
 
 
-@lowering(aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
+@lowering(aten._embedding_bag.default, aten._embedding_bag_forward_only.default, checks=True)
 def embedding_bag(
     weight,
     indices,
@@ -36,6 +37,9 @@ def embedding_bag(
     count = indices.shape[0]
     bags = offsets.shape[0] - (1 if include_last_offset else 0)
     bag = _bags(offsets[:bags], count)
+    rows = weight.shape[0]
+    message = f"Index of input takes value {{}} which is not in the valid range [0, {rows})"
+    check_range(indices, rows, error=RuntimeError, message=message)
     counted = _counted(indices, padding_idx)
     if include_last_offset:
         counted &= lax.broadcasted_iota(jnp.int32, (count,), 0) < offsets[-1]

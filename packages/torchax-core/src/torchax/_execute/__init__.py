@@ -23,7 +23,7 @@ class Program:
 
     Attributes:
         fn: the function; called directly while tracing.
-        jitted: its compiled form, whose results never share a buffer with operands (a later donation would free both).
+        jitted: its compiled form (that of `eager` where it differs), whose results never share a buffer with operands (a later donation would free both).
         name: the op, for messages.
         wide: 64-bit values or Python numbers take part: it must run in JAX's 64-bit mode.
         index: the device that it computes on, where that is not the first one.
@@ -31,11 +31,19 @@ class Program:
 
     __slots__ = ("fn", "index", "jitted", "name", "wide")
 
-    def __init__(self, fn: Callable[..., Any], name: str, wide: bool = True, index: int = 0):
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        name: str,
+        wide: bool = True,
+        index: int = 0,
+        eager: Callable[..., Any] | None = None,
+    ):
         self.fn, self.name, self.wide, self.index = fn, name, wide, index
+        compiled = eager or fn
 
         def run(*operands: Any) -> Any:
-            out = fn(*operands)
+            out = compiled(*operands)
             taken = {id(o) for o in operands}
             return jax.tree.map(lambda x: jnp.copy(x) if id(x) in taken else x, out)
 
