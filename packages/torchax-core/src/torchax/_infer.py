@@ -105,6 +105,7 @@ def cpu_error(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Excep
         for a, s in zip(args, func._schema.arguments, strict=False)
         if s.alias_info is not None and s.alias_info.is_write
     }
+    pivots = pivots_of(func, args)
 
     def on_cpu(x: Any) -> Any:
         if type(x) is Tensor:
@@ -112,9 +113,8 @@ def cpu_error(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Excep
                 if math.prod(x._m.shape) > _CPU_COPY_LIMIT:
                     raise MemoryError
                 return torch.zeros(x._m.shape, dtype=x._m.dtype)
-            filled = (
-                torch.ones if x._m.dtype.is_floating_point else torch.zeros
-            )  # weights that sum up, indices in range
+            weights = x._m.dtype.is_floating_point or id(x) in pivots
+            filled = torch.ones if weights else torch.zeros  # weights that sum up, indices in range
             size = 1 + sum((n - 1) * s for n, s in zip(x._m.shape, x._m.strides, strict=True)) if x._m.numel else 0
             if size <= _CPU_COPY_LIMIT:  # with its strides, by which some ops judge
                 return filled(size, dtype=x._m.dtype).as_strided(x._m.shape, x._m.strides)
@@ -131,6 +131,11 @@ def cpu_error(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Excep
     except Exception as error:
         return error
     return None
+
+
+def pivots_of(func: Any, args: tuple[Any, ...]) -> set[int]:
+    """Which arguments (by `id`) are pivots of LAPACK: counted from one, and not checked by what reads them."""
+    return {id(a) for a, s in zip(args, func._schema.arguments, strict=False) if "pivots" in s.name}
 
 
 def infer_by_shape(run: Callable[..., Any], operands: list[Any], index: int) -> Any:

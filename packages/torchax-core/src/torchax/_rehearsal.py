@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
+from ._infer import pivots_of
 from ._storage import TensorMeta
 from .tensor import Tensor
 
@@ -53,11 +54,12 @@ def rehearse(
     if sum(_extent(t.shape, t.stride()) for t in tensors) + sum(m.numel for m in metas) > _MOST:
         return None
     copies: dict[int, torch.Tensor] = {}
+    pivots = pivots_of(func, args)
 
     def on_cpu(x: Any) -> Any:
         if isinstance(x, Tensor):
             if id(x) not in copies:
-                copies[id(x)] = _stand_in(x._m)
+                copies[id(x)] = _stand_in(x._m, id(x) in pivots)
             return copies[id(x)]
         if isinstance(x, torch.device):
             return torch.device("cpu")
@@ -92,11 +94,11 @@ def _with_warnings(call: Callable[[], Any]) -> None:
     torch.zeros(1).apply_(once)
 
 
-def _stand_in(meta: TensorMeta) -> torch.Tensor:
+def _stand_in(meta: TensorMeta, ones: bool) -> torch.Tensor:
     """Indices in range, weights that sum up; matrices that have inverses and factors."""
     inexact = meta.dtype.is_floating_point or meta.dtype.is_complex
     square = len(meta.shape) > 1 and meta.shape[-1] == meta.shape[-2]
-    filled = torch.ones if inexact and not square else torch.zeros
+    filled = torch.ones if ones or (inexact and not square) else torch.zeros
     value = filled(_extent(meta.shape, meta.strides), dtype=meta.dtype).as_strided(meta.shape, meta.strides)
     if inexact and square:
         value.diagonal(dim1=-2, dim2=-1).fill_(1)
