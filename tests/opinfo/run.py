@@ -143,7 +143,7 @@ def run_sample(case: Case, sample: Sample) -> None:
     if form == "errors":
         mutation.wrong_call(op, sample)
         return
-    values = not cases.is_random(op, sample) and op.full_name not in cases.UNINITIALISED
+    values = not cases.is_random(op, sample, form) and op.full_name not in cases.UNINITIALISED
     tolerance = lambda dtype: compare.tolerance_of(op, dtype)
 
     def same(got: Any, want: Any, reference: Any = None, layout: bool = False) -> None:

@@ -20,6 +20,9 @@ UPCAST = {
 }
 
 
+HOST = {"tensor_split": (0,)}
+
+
 class Inapplicable(Exception):
     """A form has nothing to say about a sample."""
 
@@ -36,7 +39,7 @@ class Sample:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     process: Callable[[Any], Any] = lambda result: result
-    broadcasts_input: bool = False
+    host: tuple[int, ...] = ()  # positions in args of tensors that are on CPU whatever the device is
 
     def map(self, fn: Callable[[Any], Any]) -> Sample:
         """The sample with `fn` applied to every leaf; the same object gives the same object."""
@@ -63,9 +66,9 @@ class Sample:
         return self.map(lambda x: replacement.get(id(x), x) if isinstance(x, torch.Tensor) else x)
 
 
-def of(info: Any) -> Sample:
+def of(info: Any, host: tuple[int, ...] = ()) -> Sample:
     """The sample that a `SampleInput` describes."""
-    return Sample(info.input, tuple(info.args), dict(info.kwargs), info.output_process_fn_grad, info.broadcasts_input)
+    return Sample(info.input, tuple(info.args), dict(info.kwargs), info.output_process_fn_grad, host)
 
 
 _generated: collections.OrderedDict[Any, tuple[Sample, ...]] = collections.OrderedDict()
@@ -76,7 +79,9 @@ def generate(op: Any, dtype: torch.dtype, requires_grad: bool = False, seed: int
     key = op.full_name, dtype, requires_grad, seed
     if key not in _generated:
         torch.manual_seed(seed)
-        _generated[key] = tuple(of(s) for s in op.sample_inputs("cpu", dtype, requires_grad=requires_grad))
+        _generated[key] = tuple(
+            of(s, HOST.get(op.full_name, ())) for s in op.sample_inputs("cpu", dtype, requires_grad=requires_grad)
+        )
         if len(_generated) > 8:
             _generated.popitem(last=False)
     return _generated[key]
@@ -164,7 +169,11 @@ def to_jax(sample: Sample) -> Sample:
             return "jax"
         return x
 
-    return sample.map(moved)
+    there = sample.map(moved)
+    if not sample.host:
+        return there
+    stay = lambda i, x: sample.args[i] if i in sample.host else x
+    return dataclasses.replace(there, args=tuple(stay(i, x) for i, x in enumerate(there.args)))
 
 
 def tensor_to_jax(t: torch.Tensor) -> torch.Tensor:
