@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -110,6 +111,11 @@ class View:
 
     def __init__(self, chain: Chain, positions: tuple[Any, ...], offset: int):
         self.chain, self.positions, self.offset = chain, positions, offset
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether a position is a traced value, which means nothing after the trace."""
+        return any(isinstance(p, jax.core.Tracer) for p in self.positions)
 
 
 def root(geometry: TensorMeta) -> Chain:

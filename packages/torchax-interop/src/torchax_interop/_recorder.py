@@ -229,6 +229,8 @@ class Recorder:
         pending: list[tuple[int, Any, Any]] = []  # recipe, the storage's payload, the tensor's value
         results: list[Any] = []
         for i, t in enumerate(outs):
+            if type(t) is Tensor and t._v is not None and t._v.is_traced:  # outside, nobody knows where it lies
+                t = outs[i] = self._copied(t)
             if isinstance(t, jax.Array):
                 recipes.append(("array", len(results)))
                 results.append(t)
@@ -288,6 +290,12 @@ class Recorder:
             *[self.given_values[k] for k in self.changed],
             *grads,
         ]
+
+    def _copied(self, t: Tensor) -> Tensor:
+        storage = Storage(self.recording.read(t), dense(t._m))
+        storage.owner = self.recording
+        self.recording.bear(storage)
+        return make(storage, storage.geometry)
 
     def grads_after(self) -> None:
         """Gradients that the call has set or removed."""

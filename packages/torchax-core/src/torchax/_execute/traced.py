@@ -35,7 +35,11 @@ class Traced:
         self.captured: dict[Storage, Any] = {}
         self.values: dict[Storage, Any] = {}
         self._born: list[weakref.ref[Storage]] = []
-        self._views: dict[Any, tuple[Any, Any]] = {}
+        self._views: dict[Any, tuple[Any, Any, Any]] = {}
+        if not pure:
+            from .. import _indexing
+
+            _indexing.install()
 
     def run(self, program: Program, operands: Sequence[Any]) -> Any:
         arrays = [self.read(o) if type(o) is Tensor else o for o in operands]
@@ -48,10 +52,11 @@ class Traced:
         base, view = self.load(tensor._s), tensor._v
         if view is None:
             return base
-        key = (tensor._s, view.chain, view.positions)
+        key = (tensor._s, view.chain, *[p if type(p) is int else id(p) for p in view.positions])
         cached = self._views.get(key)
         if cached is None or cached[0] is not base:
-            cached = self._views[key] = (base, view.chain.read.fn(base, *view.positions))
+            value = view.chain.read.fn(base, *view.positions)
+            cached = self._views[key] = (base, value, view.positions)  # positions may be traced: kept, so that their ids are
         return cached[1]
 
     def write(self, tensor: Tensor, value: Any) -> None:
