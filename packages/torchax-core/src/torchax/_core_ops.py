@@ -13,6 +13,7 @@ import torch
 
 from . import convert, errors
 from ._execute import Program, state
+from ._overlap import relation, repeats, shared_memory
 from ._storage import TensorMeta, contiguous_strides, dense_meta, grow, meta_of, physical_order
 from ._viewing import as_strided
 from ._views import View, intern_step, root, strided_view
@@ -225,11 +226,10 @@ def copy_(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     dst, src = args[0], args[1]
     if type(dst) is not Tensor:
         return dst.copy_(convert.to_cpu(src, "copying it to CPU"))
-    if any(s == 0 and n > 1 for n, s in zip(dst._m.shape, dst._m.strides, strict=True)):
-        raise RuntimeError(
-            "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
-            "Please clone() the tensor before performing the operation."
-        )
+    if repeats(dst._m):
+        raise shared_memory("more than one element of the written-to tensor")
+    if type(src) is Tensor and src._s is dst._s and relation(dst, src) == "partial":
+        raise shared_memory("some elements of the input tensor and the written-to tensor")
     target = dst._m
     if type(src) is Tensor:
         source, value = src._m, state.executor.read(src)
@@ -304,7 +304,7 @@ def _moved(value: Any, index: int) -> Any:
 def local_scalar_dense(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     t = args[0]
     value = convert.host_array(state.executor.read(t), "a Python number (item(), bool(), int(), float(), an if)")
-    return value.item() if value.dtype.isbuiltin == 1 else float(value)
+    return value.item() if value.dtype.isbuiltin == 1 else float(value.reshape(()))  # bfloat16: no number of Python's
 
 
 @core_rule("aten::equal")

@@ -15,6 +15,7 @@ from ._execute.traced import ImpureTrace
 from ._functional import FunctionalRule, fresh_returns, unwrapped, wrap_nest
 from ._infer import NoMeta, infer
 from ._lower import composite_rule
+from ._overlap import refusal, relations
 from ._placing import device_index, mixed_devices
 from ._rehearsal import Outcome, rehearse
 from ._signature import Signature
@@ -47,11 +48,11 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
     def rule(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         functional = RULES[twin]
-        if not simple or type(functional) is not FunctionalRule or len(args) < needed:
+        if not simple or not isinstance(functional, FunctionalRule) or len(args) < needed:
             return checked_rule(args, kwargs)
         key, operands = functional.bind(args, kwargs)
         entry = settled.get(key)
-        if entry is not None and entry.plain:
+        if entry is not None and entry.plain and not _shares(args[0], operands):
             executor = state.executor
             try:
                 executor.write(args[0], executor.run(entry.program, operands))
@@ -81,6 +82,8 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
                 key = None
             else:
                 check_inplace(func, twin, args, kwargs, targets)
+        if not bumps and (lying := relations(targets, args, kwargs, not outs)):
+            _refuse_overlap(*call, lying)
         values, metas = _run_raw(twin, args, kwargs)
         if len(targets) == 1 and (type(metas) is TensorMeta or not schema.returns):
             values, metas = (values,), (metas,)
@@ -102,6 +105,14 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
         if not schema.returns:
             return None
         return targets[returned[0]] if len(returned) == 1 else tuple([targets[i] for i in returned])
+
+    def _refuse_overlap(args: tuple[Any, ...], kwargs: dict[str, Any], lying: tuple[tuple[int, str], ...]) -> None:
+        key = (signature.bind(args, kwargs)[0], lying)
+        if key not in checked:
+            error = refusal(func, args, kwargs, lying)
+            if error is not None:
+                raise error
+            checked.add(key)
 
     def _as_rehearsed(args: tuple[Any, ...], kwargs: dict[str, Any], targets: list[Any], metas: Any) -> bool:
         """Refuse or resize targets that do not fit the results as CPU torch does; whether that could be found out."""
@@ -150,7 +161,7 @@ def _alias_index(written: list[tuple[int, Any]], returned: Any) -> int:
 
 def _run_raw(twin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     rule = RULES[twin]
-    return rule.raw(args, kwargs) if type(rule) is FunctionalRule else unwrapped(rule(args, kwargs))
+    return rule.raw(args, kwargs) if isinstance(rule, FunctionalRule) else unwrapped(rule(args, kwargs))
 
 
 def _write(target: Any, value: Any, meta: Any) -> None:
@@ -165,19 +176,11 @@ def _write(target: Any, value: Any, meta: Any) -> None:
 
 
 def check_inplace(func: Any, twin: Any, args: tuple[Any, ...], kwargs: dict[str, Any], targets: list[Any]) -> None:
-    """torch's own refusals of an in-place call: broadcasting, casts, overlapping memory. Nothing has been changed yet."""
+    """torch's own refusals of an in-place call: broadcasting, casts. Nothing has been changed yet."""
     index = device_index(func, args, kwargs)
     flat = [
         t for target in targets for t in (target if isinstance(target, list | tuple) else (target,)) if t is not None
     ]
-    for t in flat:
-        if any(stride == 0 and size > 1 for size, stride in zip(t._m.shape, t._m.strides, strict=True)) and not _fills(
-            func
-        ):
-            raise RuntimeError(
-                "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
-                "Please clone() the tensor before performing the operation."
-            )
     try:
         infer(func, args, kwargs, index, fresh=True)
     except NoMeta:
@@ -199,8 +202,13 @@ def check_cast(meta: Any, target: Any) -> None:
         )
 
 
-def _fills(func: Any) -> bool:
-    return func._schema.name in ("aten::fill_", "aten::zero_")
+def _shares(target: Any, operands: Any) -> bool:
+    """Whether an operand beside the first one, the target, lies in the target's storage."""
+    storage = target._s
+    for o in operands[1:]:  # noqa: SIM110  (a generator would cost more than all the rest)
+        if type(o) is Tensor and o._s is storage:
+            return True
+    return False
 
 
 def prepare_out(out: Tensor, meta: Any, func: Any) -> None:

@@ -23,12 +23,17 @@ def functional_twin(func: Any) -> Any | None:
         if found is None:
             continue
         overload = func._schema.overload_name or "default"
-        if overload in found.overloads() and not getattr(found, overload)._schema.is_mutable:
+        if overload in found.overloads() and _is_functional(getattr(found, overload)):
             return getattr(found, overload)
         twin = _by_arguments(found, func)
         if twin is not None:
             return twin
     return None
+
+
+def _is_functional(overload: Any) -> bool:
+    """Whether it writes nothing. TorchScript's functions of numbers (``aten::ldexp``) share names with ops; they are none."""
+    return not overload._schema.is_mutable and any("Tensor" in str(a.type) for a in overload._schema.arguments)
 
 
 def _by_arguments(packet: Any, func: Any) -> Any | None:

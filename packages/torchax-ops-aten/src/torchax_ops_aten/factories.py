@@ -9,6 +9,7 @@ import torch
 from torchax.dtypes import to_jax
 from torchax.ops import aten, lowering
 
+from ._common import cast
 from ._index import scalar
 
 
@@ -178,6 +179,8 @@ def logspace(start, end, steps, base=10.0, *, dtype=None):
     dtype = _linspace_dtype(dtype, start, end)
     work = np.dtype(np.float64) if jnp.issubdtype(dtype, jnp.integer) else dtype
     with jax.enable_x64(work.itemsize >= 8):
+        if work != dtype and steps > 1:  # torch rounds the ends, but not the steps between them
+            start, end = (cast(v, dtype) for v in (start, end))
         if base < 0:
             base = complex(base) if jnp.issubdtype(work, jnp.complexfloating) else base
         return jnp.power(jnp.asarray(base, work), _spaced(start, end, steps, work)).astype(dtype)
