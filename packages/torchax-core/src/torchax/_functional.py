@@ -21,6 +21,7 @@ from ._infer import NoMeta, cpu_error, in_memory_format_of, infer, infer_by_shap
 from ._lower import Apply, decomposed, decomposition, is_composite_implicit, lowered, op_by_op
 from ._missing import missing
 from ._placing import device_index
+from ._precision import setting
 from ._registry import REGISTRY, Lowering
 from ._signature import DROPPED, Signature, place
 from ._storage import Storage, TensorMeta, dense_meta, meta_of, numpy_strides
@@ -121,7 +122,7 @@ class FunctionalRule:
 
     def raw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Raw results and their metadata, for the forms that write them somewhere."""
-        key, operands = self.signature.bind(args, kwargs)
+        key, operands = self.bind(args, kwargs)
         entry = self.cache.get(key)
         if entry is None:
             entry = self.cache[key] = self.resolve(args, kwargs)
@@ -362,6 +363,14 @@ def unwrapped(out: Any) -> tuple[Any, Any]:
     return tree_map(lambda t: state.executor.read(t) if type(t) is Tensor else t, out), tree_map(
         lambda t: t._m if type(t) is Tensor else t, out
     )
+
+
+class ProductRule(FunctionalRule):
+    """As `FunctionalRule`, for products of matrices: one program for each setting of their precision."""
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        key, operands = super().bind(args, kwargs)
+        return (setting(), *key), operands
 
 
 def wrap_nest(out: Any, metas: Any) -> Any:

@@ -19,6 +19,7 @@ from . import convert, dtypes, errors
 from ._execute import executing, state
 from ._execute.traced import ImpureTrace, Traced
 from ._missing import missing, not_found
+from ._precision import products
 from ._registry import Lowering
 from ._storage import TensorMeta
 from .config import config
@@ -32,6 +33,7 @@ _KINDS = {
     "complex_to_float": KIND.COMPLEX_TO_FLOAT,
     "bool_to_long": KIND.BOOL_TO_LONG,
 }
+_nothing = contextlib.nullcontext()
 Apply = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -51,7 +53,8 @@ def lowered(func: Any, entry: Lowering, args: tuple[Any, ...], kwargs: dict[str,
     def apply(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if promotion is not None:
             args, kwargs = promotion(args, kwargs)
-        out = fn(*args, **kwargs)
+        with products() if entry.products else _nothing:
+            out = fn(*args, **kwargs)
         return out if metas is None else conform(out, metas, func, entry.provider)
 
     return apply

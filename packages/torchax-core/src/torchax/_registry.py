@@ -48,6 +48,7 @@ class Lowering:
         saves_result: whether `backward` is given the result, which then may not be overwritten before it; None if not.
         random: `fn` takes a keyword ``key``, a fresh PRNG key.
         writes: names of arguments whose new values `fn` returns after the results.
+        products: `fn` multiplies matrices; `torch.set_float32_matmul_precision` decides their precision.
         checks: `fn` states errors that depend on values with `torchax.ops.raise_if`.
         meta: whether torch's meta kernel says shapes and dtypes of the results. False where it refuses what CPU torch
             takes: then they are those that `fn` gives.
@@ -77,6 +78,7 @@ class Lowering:
     random: bool = False
     writes: tuple[str, ...] = ()
     checks: bool = False
+    products: bool = False
     meta: bool = True
     memory_format_of: tuple[str, ...] = ()
     platforms: tuple[str, ...] = ()
@@ -244,15 +246,21 @@ class Registry:
         entries.sort(key=lambda e: -e.priority)
         self._changed()
 
-    def collect(self, module: types.ModuleType) -> None:
-        """Register every lowering that `module` defines: decorated functions, and tables at module level."""
+    def collect(self, module: types.ModuleType, **attributes: Any) -> None:
+        """Register every lowering that `module` defines: decorated functions, and tables at module level.
+
+        Args:
+            module: the module.
+            attributes: attributes that all of its lowerings have, ``products=True`` say.
+        """
         for value in list(vars(module).values()):
             if isinstance(value, list) and value and isinstance(value[0], Lowering):
                 for entry in value:
-                    self.add(dataclasses.replace(entry, family=entry.family or module.__name__.rpartition(".")[2]))
+                    family = entry.family or module.__name__.rpartition(".")[2]
+                    self.add(dataclasses.replace(entry, **{"family": family, **attributes}))
             elif getattr(value, "__module__", None) == module.__name__:
                 for entry in getattr(value, "__torchax__", ()):
-                    self.add(entry)
+                    self.add(dataclasses.replace(entry, **attributes))
 
     def remove(self, provider: str) -> list[str]:
         """Forget what `provider` registered; the names of the ops concerned."""

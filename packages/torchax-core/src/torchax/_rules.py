@@ -14,7 +14,7 @@ import torch
 
 from . import _core_ops
 from ._dispatch import RULES
-from ._functional import FunctionalRule
+from ._functional import FunctionalRule, ProductRule
 from ._lower import composite_rule, is_composite_implicit
 from ._mutating import mutating_rule
 from ._prepared import prepared_rule
@@ -49,7 +49,7 @@ def make_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
         return composite_rule(func)
     if not entries and _returns_alias(func):
         return strided_view_rule(func)
-    rule = FunctionalRule(func)
+    rule = (ProductRule if any(entry.products for entry in entries) else FunctionalRule)(func)
     names = [a.name for a in func._schema.arguments if not a.kwarg_only]
     if "generator" in names:  # poisson(x, generator)
         at = names.index("generator")

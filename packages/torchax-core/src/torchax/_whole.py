@@ -17,6 +17,7 @@ from torch._C._functorch import peek_interpreter_stack
 
 from ._dispatch import RULES
 from ._execute import Program, state
+from ._precision import products
 from ._signature import place
 from .tensor import Tensor, wrap
 
@@ -35,7 +36,7 @@ def whole_kernel(op: Any) -> Callable[..., Any]:
             or not hasattr(rule, "resolve_whole")  # its plugin is switched off
         ):
             return op._op_dk(_COMPOSITE, *args, **kwargs)
-        key, operands = rule.signature.bind(args, kwargs)
+        key, operands = rule.bind(args, kwargs)
         served = rule.cache.get(key)
         if served is None:
             served = rule.cache[key] = rule.resolve_whole(args, kwargs)
@@ -133,7 +134,8 @@ def _backward_program(call: _Call, needs: tuple[bool, ...], given: tuple[bool, .
         if lowering.backward is not None:
             args = _complete(op, *place(served.template, arrange(tensors, rest)))
             result = None if not kept else outs[0] if single else outs
-            found = lowering.backward(grads[0] if single else grads, args, result, needs)
+            with products():
+                found = lowering.backward(grads[0] if single else grads, args, result, needs)
         else:
             found = _vjp(tensors, rest, grads)
         pairs = zip(found, tensors, needs, strict=True)

@@ -134,7 +134,13 @@ def _key_of(x: Any) -> Any:
 
 def _mode() -> tuple[Any, ...]:
     autocast = torch.get_autocast_dtype("jax") if torch.is_autocast_enabled("jax") else None
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, torch.get_default_dtype()
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        autocast,
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+    )
 
 
 def _aliases(leaves: list[Any]) -> tuple[Any, ...]:

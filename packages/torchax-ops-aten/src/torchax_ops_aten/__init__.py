@@ -10,6 +10,9 @@ from torchax.hookspecs import hookimpl
 
 __version__ = "0.1.0"
 
+# families whose lowerings multiply matrices, in the precision that torch.set_float32_matmul_precision says
+PRODUCTS = frozenset({"attention", "conv", "distance", "grouped", "matmul", "rnn", "transformer"})
+
 
 class AtenPlugin:
     """The plugin object of this distribution."""
@@ -27,7 +30,7 @@ class AtenPlugin:
     @hookimpl
     def torchax_register_ops(self, registry: Any) -> None:
         for family in families():
-            registry.collect(importlib.import_module(f"{__name__}.{family}"))
+            registry.collect(importlib.import_module(f"{__name__}.{family}"), products=family in PRODUCTS)
 
 
 def families() -> list[str]:
