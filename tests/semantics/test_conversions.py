@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -218,3 +220,42 @@ def test_factories_refuse_what_jax_cannot_hold():
         torch.zeros(2, layout=torch.sparse_coo, device="jax")
     with pytest.raises((torchax.errors.UnsupportedLayout, torchax.errors.OperatorNotFound)):
         torch.eye(2, device="jax").to_sparse()
+
+
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+LARGE = [447.0, 448.0, 464.0, 465.0, 500.0, 240.0, 248.0, 249.0, 57344.0, 61441.0, 1e30, -500.0, -1e30]
+EDGES = [0.0, -0.0, 2**-9, 2**-10, 2**-17, float("inf"), -float("inf"), float("nan")]
+
+
+@pytest.mark.parametrize("source", [torch.float64, torch.float32, torch.float16, torch.bfloat16, *FLOAT8], ids=str)
+@pytest.mark.parametrize("target", FLOAT8, ids=str)
+def test_casts_to_float8_out_of_range(source, target):
+    x = torch.tensor([*LARGE, *EDGES]).to(source)
+    got = x.to("jax").to(target)
+    assert got.dtype == target
+    torch.testing.assert_close(got.cpu().float(), x.to(target).float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("source", [torch.int64, torch.int8, torch.bool], ids=str)
+def test_casts_of_integers_to_float8(source):
+    x = torch.tensor([0, 1, 100] if source.itemsize == 1 else [0, 1, 448, 500, -500, 100000]).to(source)
+    for target in FLOAT8:
+        got, want = x.to("jax").to(target).cpu().float(), x.to(target).float()
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint64, torch.bool]
+FLOATS = [3.9, -3.9, 300.0, -129.0, -1.0, 1e5, -1e5, 3e9, -3e9, 1e10, 9.3e18, -9.3e18, 1.9e19, 1e30, -1e30]
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target", INTEGERS, ids=str)
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="undefined in C++: what x86 gives is followed")
+def test_casts_to_integers_out_of_range(source, target):
+    x = torch.tensor([*FLOATS, float("inf"), -float("inf"), float("nan")], dtype=torch.float64).to(source)
+    assert x.to("jax").to(target).tolist() == x.to(target).tolist()
+
+
+def test_casts_to_uint32_need_no_other_wide_value():
+    x = torch.tensor([0.0, 3.9, 3e9, 2.0**31])
+    assert x.to("jax").to(torch.uint32).tolist() == x.to(torch.uint32).tolist() == [0, 3, 3000000000, 2**31]

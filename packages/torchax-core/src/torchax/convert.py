@@ -260,7 +260,8 @@ def cast(x: Any, dtype: np.dtype) -> Any:
     """`x` converted to `dtype` with the results of CPU torch, where C++ leaves them undefined, too.
 
     A float outside of the range of the integer type (and NaN) becomes the smallest int32 or int64; narrower
-    integers wrap around. A complex number loses its imaginary part; all but zero is True.
+    integers wrap around. float8_e4m3fn has no infinity: what is too large becomes the largest number. A complex number
+    loses its imaginary part; all but zero is True.
     """
     if x.dtype == dtype:
         return x
@@ -269,16 +270,21 @@ def cast(x: Any, dtype: np.dtype) -> Any:
     if jnp.issubdtype(x.dtype, jnp.complexfloating) and dtype.kind != "c":
         x = jnp.real(x)
     if jnp.issubdtype(x.dtype, jnp.floating) and dtype.kind in "iu":
+        x = x.astype(np.float32) if x.dtype.itemsize < 4 else x
         if dtype == np.uint64:  # 2**63 and above do not pass through int64; negative numbers wrap around
-            return jnp.where(x < 0, _to_int(x, np.dtype(np.int64)).astype(dtype), x.astype(dtype))
+            high = jnp.where(x < 2.0**64, x, 0).astype(dtype)
+            return jnp.where(x >= 2.0**63, high, _to_int(x, np.dtype(np.int64)).astype(dtype))
         via = np.dtype(np.int64 if dtype.itemsize == 8 or dtype == np.uint32 else np.int32)
-        return _to_int(x, via).astype(dtype)
+        with jax.enable_x64(True):  # uint32 goes through int64 where nothing else is wide
+            return _to_int(x, via).astype(dtype)
+    if dtype == jnp.float8_e4m3fn:
+        x = x if x.dtype.itemsize > 1 and jnp.issubdtype(x.dtype, jnp.floating) else x.astype(np.float32)
+        x = jnp.clip(x, -448, 448)  # NaN stays
     return x.astype(dtype)
 
 
 def _to_int(x: Any, dtype: np.dtype) -> Any:
     info = np.iinfo(dtype)
-    x = x.astype(np.float32) if x.dtype.itemsize < 4 else x
     inside = (x >= float(info.min)) & (x < -float(info.min))
     return jnp.where(inside, x, 0).astype(dtype) + jnp.where(inside, 0, info.min).astype(dtype)
 
