@@ -55,11 +55,14 @@ def rehearse(
         return None
     copies: dict[int, torch.Tensor] = {}
     pivots = pivots_of(func, args)
+    out_names = {a.name for a in func._schema.arguments if a.is_out}
+    written = {id(t) for t in targets} if out_names else set()
 
     def on_cpu(x: Any) -> Any:
         if isinstance(x, Tensor):
             if id(x) not in copies:
-                copies[id(x)] = _stand_in(x._m, id(x) in pivots)
+                outs = id(x) in written  # row-major: not every op of CPU torch survives others
+                copies[id(x)] = torch.zeros(x._m.shape, dtype=x._m.dtype) if outs else _stand_in(x._m, id(x) in pivots)
             return copies[id(x)]
         if isinstance(x, torch.device):
             return torch.device("cpu")
@@ -73,14 +76,15 @@ def rehearse(
             _with_warnings(lambda: func(*cargs, **ckwargs))
         except Exception as raised:
             error = raised
-            names = {a.name for a in func._schema.arguments if a.is_out}
             try:
                 copies.clear()
-                twin(*tree_map(on_cpu, args), **tree_map(on_cpu, {k: v for k, v in kwargs.items() if k not in names}))
+                twin(
+                    *tree_map(on_cpu, args), **tree_map(on_cpu, {k: v for k, v in kwargs.items() if k not in out_names})
+                )
             except Exception:  # these values are wrong, or these operands
                 return None
-    written = [copies[id(t)] for t in targets if id(t) in copies]
-    layouts = tuple((tuple(t.shape), tuple(t.stride())) for t in written) if error is None else ()
+    after = [copies[id(t)] for t in targets if id(t) in copies]
+    layouts = tuple((tuple(t.shape), tuple(t.stride())) for t in after) if error is None else ()
     return Outcome(error, any("resized" in str(w.message) for w in caught), layouts)
 
 
