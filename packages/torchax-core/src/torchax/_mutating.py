@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -129,6 +130,8 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
             return False
         if outcome.error is not None:
             raise outcome.error
+        if any(math.prod(shape) != m.numel for (shape, _), m in zip(outcome.layouts, metas, strict=True)):
+            return False  # the result is as large as the values say
         for target, meta, (shape, strides) in zip(targets, metas, outcome.layouts, strict=True):
             if target._m.shape != shape:
                 if outcome.warned and target._m.numel:

@@ -22,25 +22,27 @@ def functional_twin(func: Any) -> Any | None:
         found = getattr(ops, base, None)
         if found is None:
             continue
-        overload = func._schema.overload_name or "default"
-        if overload in found.overloads() and _is_functional(getattr(found, overload)):
-            return getattr(found, overload)
         twin = _by_arguments(found, func)
         if twin is not None:
             return twin
+        overload = func._schema.overload_name or "default"
+        if overload in found.overloads() and _is_functional(getattr(found, overload)):
+            return getattr(found, overload)
     return None
 
 
 def _is_functional(overload: Any) -> bool:
     """Whether it writes nothing. TorchScript's functions of numbers (``aten::ldexp``) share names with ops; they are none."""
-    return not overload._schema.is_mutable and any("Tensor" in str(a.type) for a in overload._schema.arguments)
+    schema = overload._schema
+    return not schema.is_mutable and any("Tensor" in str(a.type) for a in (*schema.arguments, *schema.returns))
 
 
 def _by_arguments(packet: Any, func: Any) -> Any | None:
     want = [(a.name, str(a.type)) for a in func._schema.arguments if not a.is_out]
-    for overload in packet.overloads():
+    own = func._schema.overload_name or "default"
+    for overload in sorted(packet.overloads(), key=lambda name: name != own):  # the one of the same name first
         candidate = getattr(packet, overload)
-        if candidate._schema.is_mutable:
+        if not _is_functional(candidate):
             continue
         have = [(a.name, str(a.type)) for a in candidate._schema.arguments]
         if have == want or [a for a in have if a[0] not in _PLACEMENT] == want:

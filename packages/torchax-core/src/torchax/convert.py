@@ -237,13 +237,13 @@ def restore(values: torch.Tensor, target: torch.device) -> torch.Tensor:
 
 
 def fit(value: Any, source: TensorMeta | None, target: TensorMeta) -> Any:
-    """`value` broadcast and cast to the shape and dtype of `target`."""
+    """`value` broadcast (in the shape of `target` if it has as many elements) and cast to the shape and dtype of `target`."""
     key = (source, target.shape, target.dtype, target.index)
     program = _fits.get(key) if source is not None else None
     if program is None:
         shape, dtype = target.shape, target.jax_dtype
         program = Program(
-            lambda v: cast(jnp.broadcast_to(v, shape), dtype),
+            lambda v: cast(v.reshape(shape) if v.size == target.numel else jnp.broadcast_to(v, shape), dtype),
             "aten::copy",
             target.wide or source is None or source.wide,
             target.index,

@@ -180,6 +180,10 @@ def index_add(x, dim, index, source, alpha=1):
     """`x` with slices of `source` (times `alpha`) added at `index` along `dim`."""
     full, at = _along(x, dim, index, error=RuntimeError)
     source = _sources(x, dim, source)
+    along = dimension(dim, x.ndim)
+    slices = (*full.shape[:along], index.size, *full.shape[along + 1 :])
+    if source.shape != slices:
+        raise RuntimeError(f"source of shape {source.shape} for slices of shape {slices}")
     if not (isinstance(alpha, (int, float)) and alpha == 1):
         source = source * scalar(alpha, source.dtype)
     if x.dtype == jnp.bool_:
@@ -219,7 +223,7 @@ def reduce_at(x, at, source, reduce, include_self):
     if reduce in ("amax", "amin"):
         return x.at[at].max(source, **options) if reduce == "amax" else x.at[at].min(source, **options)
     if reduce in ("prod", "multiply"):
-        return x.at[at].multiply(source, **options)
+        return x.at[at].min(source, **options) if x.dtype == jnp.bool_ else x.at[at].multiply(source, **options)
     if reduce != "mean":
         return x.at[at].max(source, **options) if x.dtype == jnp.bool_ else x.at[at].add(source, **options)
     total = x.at[at].add(source, **options)
@@ -247,6 +251,8 @@ def put(x, index, source, accumulate=False):
 @lowering(aten.masked_scatter.default, checks=True)
 def masked_scatter(x, mask, source):
     """`x` with the first elements of `source` where `mask` is True, in order."""
+    if mask.dtype != jnp.bool_:
+        raise RuntimeError(f"a mask of {mask.dtype}")
     shape = np.broadcast_shapes(x.shape, mask.shape)
     if not math.prod(shape) or not source.size:
         return jnp.broadcast_to(x, shape)
