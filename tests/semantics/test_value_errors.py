@@ -13,6 +13,8 @@ from torchax import plugins
 from torchax.interop import jax_jit
 from torchax.ops import lowering, raise_if
 
+from helpers import assert_same
+
 I5, NEGATIVE = torch.tensor([0, 5]), torch.tensor([-5])
 X = torch.arange(12.0).view(3, 4)
 ROW = torch.tensor([[5]])
@@ -157,3 +159,33 @@ def test_plugins_state_errors():
         plugins.disable("value-errors")
         plugins._found.pop("value-errors")
         lib._destroy()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool], ids=str)
+@pytest.mark.parametrize(
+    "power",
+    [
+        lambda x: x**-1,
+        lambda x: x**-3,
+        lambda x: torch.pow(x, -2, out=torch.empty_like(x, dtype=torch.int64)),
+        lambda x: torch._foreach_pow([x], -2),
+    ],
+    ids=["-1", "-3", "out", "foreach"],
+)
+def test_integers_have_no_negative_powers(power, dtype):
+    x = torch.tensor([1, 2]).to(dtype)
+    for device in ("cpu", "jax"):
+        with pytest.raises(RuntimeError, match="Integers to negative integer powers are not allowed"):
+            power(x.to(device))
+            torch.jax.synchronize()
+    y = x.to("jax")
+    assert (y**3).tolist() == (x**3).tolist() and (y**2).dtype == (x**2).dtype
+    assert (y**-1.0).tolist() == (x**-1.0).tolist()
+
+
+def test_powers_of_lists():
+    x = [torch.tensor([2.0, 3.0]), torch.tensor([4])]
+    y = [t.to("jax") for t in x]
+    for exponent in (2, [2, 3], 2.5):
+        for got, want in zip(torch._foreach_pow(y, exponent), torch._foreach_pow(x, exponent), strict=True):
+            assert_same(got, want)

@@ -9,8 +9,8 @@ import torch
 
 _OVERLOADS = {
     "List": ("Tensor", "default", "Tensor_Tensor"),
-    "Scalar": ("Scalar", "Tensor_Scalar", "Tensor", "default"),
-    "ScalarList": ("Scalar", "Tensor_Scalar", "Tensor", "default"),
+    "Scalar": ("Tensor_Scalar", "Scalar", "Tensor", "default"),
+    "ScalarList": ("Tensor_Scalar", "Scalar", "Tensor", "default"),
     "Tensor": ("Tensor", "default"),
     "": ("default",),
 }

@@ -4,6 +4,7 @@ import numbers
 
 import jax.numpy as jnp
 import numpy as np
+import torch
 from jax import lax
 from torchax.ops import aten, lowering, raise_if, table
 
@@ -132,6 +133,20 @@ def pow_scalar(x, exponent):
         if short is not None:
             return short(x)
     return power(x, exponent)
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+
+@lowering(aten.pow.Tensor_Scalar, promote="default", dtypes=_INTEGERS, priority=1, checks=True)
+def pow_of_integers(x, exponent):
+    """x ** exponent, where x may have been promoted by the exponent; integers have no negative powers."""
+    if not is_inexact(x):
+        if not isinstance(exponent, int):
+            raise_if(exponent < 0, RuntimeError, "Integers to negative integer powers are not allowed.")
+        elif exponent < 0:
+            raise ValueError(f"integers to the power {exponent}")  # torch words it
+    return pow_scalar(x, exponent)
 
 
 @lowering(aten.pow.Tensor_Tensor, aten.pow.Scalar, promote="default")
