@@ -293,3 +293,31 @@ def test_no_warning_where_nothing_is_wrong():
         warnings.simplefilter("error")
         assert all(p.state in ("loaded", "disabled", "quarantined") for p in plugins.status())
         assert (jnp.ones(1) + 1)[0] == 2
+
+
+def test_conditions_choose_among_views():
+    library = torch.library.Library("chosen", "DEF")
+    library.define("part(Tensor(a) x) -> Tensor(a)")
+    torch.library.register_fake("chosen::part")(lambda x: x.narrow(0, 0, 1))
+
+    def of(begin, **conditions):
+        view = torchax.ops.view_lowering("chosen::part", **conditions)(lambda x: x[begin : begin + 1])
+        view.inverse(lambda base, value: base.at[begin : begin + 1].set(value))
+        return view
+
+    views = [of(0), of(1, priority=1, dtypes=(torch.int32,)), of(2, priority=2, when=lambda x: len(x.shape) == 2)]
+    from torchax.ops import REGISTRY
+
+    with REGISTRY.providing("chosen"):
+        for view in views:
+            for entry in view.__torchax__:
+                REGISTRY.add(entry)
+    try:
+        part = torch.ops.chosen.part
+        assert part(torch.arange(3.0, device="jax")).tolist() == [0]
+        assert part(torch.arange(3, dtype=torch.int32, device="jax")).tolist() == [1]
+        x = torch.arange(3.0, device="jax")[:, None].clone()
+        part(x).fill_(7)
+        assert x.tolist() == [[0], [1], [7]]
+    finally:
+        REGISTRY.remove("chosen")

@@ -208,7 +208,7 @@ class FunctionalRule:
         if not self.entries:
             return None
         first = next((x for x in tree_flatten((args, kwargs))[0] if type(x) is Tensor), None)
-        call = (tree_map(_as_shape, args), tree_map(_as_shape, {k: v for k, v in kwargs.items() if k not in DROPPED}))
+        call = as_shapes(args, kwargs)
         return REGISTRY.resolve(
             self.func, convert.platform(index), first.dtype if first is not None else kwargs.get("dtype"), call
         )
@@ -334,6 +334,11 @@ def _as_shape(x: Any) -> Any:
         return jax.ShapeDtypeStruct(x._m.shape, x._m.jax_dtype)
     if isinstance(x, torch.Tensor):
         return jax.ShapeDtypeStruct(tuple(x.shape), dtypes.to_jax(x.dtype))
+def as_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call as predicates see it: shapes in place of tensors."""
+    return tree_map(_as_shape, args), tree_map(_as_shape, {k: v for k, v in kwargs.items() if k not in DROPPED})
+
+
     return x
 
 

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 
-from . import _core_ops
+from . import _core_ops, convert
 from ._dispatch import RULES
-from ._functional import FunctionalRule, ProductRule
+from ._functional import FunctionalRule, ProductRule, as_shapes
 from ._lower import composite_rule, is_composite_implicit
 from ._mutating import mutating_rule
 from ._prepared import prepared_rule
-from ._registry import REGISTRY
+from ._registry import REGISTRY, Lowering
 from ._viewing import inplace_view_rule, strided_view_rule, view_rule, views_rule
 
+Rule = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 REGISTRY.listeners.append(RULES.clear)
 
 
@@ -32,9 +33,9 @@ def make_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
     entries = REGISTRY.lowerings(func)
     kinds = {entry.kind for entry in entries}
     if "view" in kinds:
-        return view_rule(func, entries[0])
+        return _chosen(func, entries, view_rule)
     if "views" in kinds:
-        return views_rule(func, entries[0])
+        return _chosen(func, entries, views_rule)
     if entries and entries[0].prepare is not None:
         return prepared_rule(func, entries[0])
     if "stateful" in kinds and func._schema.is_mutable:
@@ -56,6 +57,21 @@ def make_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
         return lambda args, kwargs: rule(
             args[:at] + args[at + 1 :], {**kwargs, "generator": args[at]} if len(args) > at else kwargs
         )
+    return rule
+
+
+def _chosen(func: Any, entries: list[Lowering], kind: Callable[[Any, Lowering], Rule]) -> Rule:
+    """The view rule of the lowering that serves a call. Where there is no choice, nothing is looked at."""
+    if len(entries) == 1 and entries[0].conditions == "always":
+        return kind(func, entries[0])
+    rules = {id(entry): kind(func, entry) for entry in entries}
+    otherwise = strided_view_rule(func)
+
+    def rule(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        meta = args[0]._m
+        entry = REGISTRY.resolve(func, convert.platform(meta.index), meta.dtype, as_shapes(args, kwargs))
+        return (otherwise if entry is None else rules[id(entry)])(args, kwargs)
+
     return rule
 
 
