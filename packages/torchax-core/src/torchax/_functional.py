@@ -329,16 +329,16 @@ def _stand_in(x: Any, device: Any) -> Any:
     return torch.empty_strided(x._m.shape, x._m.strides, dtype=x.dtype, device=device) if type(x) is Tensor else x
 
 
-def _as_shape(x: Any) -> Any:
-    if type(x) is Tensor:
-        return jax.ShapeDtypeStruct(x._m.shape, x._m.jax_dtype)
-    if isinstance(x, torch.Tensor):
-        return jax.ShapeDtypeStruct(tuple(x.shape), dtypes.to_jax(x.dtype))
 def as_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A call as predicates see it: shapes in place of tensors."""
     return tree_map(_as_shape, args), tree_map(_as_shape, {k: v for k, v in kwargs.items() if k not in DROPPED})
 
 
+def _as_shape(x: Any) -> Any:
+    if type(x) is Tensor:
+        return jax.ShapeDtypeStruct(x._m.shape, x._m.jax_dtype)
+    if isinstance(x, torch.Tensor):
+        return jax.ShapeDtypeStruct(tuple(x.shape), dtypes.to_jax(x.dtype))
     return x
 
 
