@@ -100,6 +100,8 @@ def run_case(case: Case, max_samples: int | None = None, timeout: float | None =
                 except Exception as error:
                     result.samples += 1
                     result.failures.append((i, describe(error)))
+                with contextlib.suppress(Exception):
+                    mutation.settle()  # what waits belongs to this sample
     except CaseTimeout:
         result.failures.append((-1, f"CaseTimeout: {timeout} s"))
     except Exception as error:  # the samples themselves cannot be had

@@ -56,8 +56,9 @@ class Sample:
         return dataclasses.replace(self, input=moved[0], args=tuple(moved[1]), kwargs=moved[2])
 
     def tensors(self) -> list[torch.Tensor]:
-        """The different tensors among the arguments, in order."""
-        leaves = pytree.tree_leaves([self.input, self.args, self.kwargs])
+        """The different tensors among the arguments, in order, without those that stay on CPU."""
+        args = [x for i, x in enumerate(self.args) if i not in self.host]
+        leaves = pytree.tree_leaves([self.input, args, self.kwargs])
         return list({id(t): t for t in leaves if isinstance(t, torch.Tensor)}.values())
 
     def with_tensors(self, tensors: list[torch.Tensor]) -> Sample:
