@@ -123,6 +123,29 @@ def alias(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return twin
 
 
+@core_rule("aten::as_strided_copy")
+def as_strided_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What `as_strided` shows, which depends on the storage."""
+    return aten.clone.default(as_strided(args, kwargs), memory_format=torch.contiguous_format)
+
+
+@core_rule("aten::as_strided_scatter")
+def as_strided_scatter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A copy of the storage with `src` in the window that `as_strided` gives; the tensor's place in the copy."""
+    t, src, *rest = args
+    n, offset = t._s.nbytes // t.dtype.itemsize, t.storage_offset()
+    copy = aten.clone.default(t if repeats(t._m) else as_strided((t, (n,), (1,), 0), {}))
+    if not repeats(t._m):
+        copy = as_strided((copy, t._m.shape, t._m.strides, offset), {})
+    window = as_strided((copy, *rest), kwargs)
+    if tuple(src.shape) != window._m.shape:
+        raise RuntimeError(
+            f"expected src to have a size equal to the slice of self. src size = {list(src.shape)}, slice size = {list(window.shape)}"
+        )
+    copy_((window, src), {})
+    return copy
+
+
 @core_rule("aten::detach")
 def detach(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An alias; where JAX differentiates the trace, one that stops its gradients."""

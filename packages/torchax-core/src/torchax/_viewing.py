@@ -110,7 +110,14 @@ def as_strided(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def _window(t: Tensor, m: torch.Tensor, offset: int) -> Tensor:
     shape, strides = tuple(m.shape), tuple(m.stride())
     meta = meta_of(shape, strides, m.dtype, t._m.index)
-    return make(t._s, meta, strided_view(t._s.geometry, meta, offset))
+    window = make(t._s, meta, strided_view(t._s.geometry, meta, offset))
+    for name, op in _MARKS.items() if t._v is not None else ():  # conjugated and negated views stay so
+        if sum(step.name == name for step in t._v.chain.steps) % 2 and (name != "aten::_conj" or m.is_complex()):
+            window = RULES[op]((window,), {})
+    return window
+
+
+_MARKS = {"aten::_conj": torch.ops.aten._conj.default, "aten::_neg_view": torch.ops.aten._neg_view.default}
 
 
 def inplace_view_rule(func: Any) -> Rule:

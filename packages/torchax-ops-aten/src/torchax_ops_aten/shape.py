@@ -174,18 +174,6 @@ def unfold_backward(grad_in, input_sizes, dim, size, step):
     return jnp.moveaxis(zeros.at[rows].add(windows), 0, dim)
 
 
-@lowering(aten.as_strided_scatter.default)
-def as_strided_scatter(x, src, size, stride, storage_offset=None):
-    """`x` with `src` at the positions that `size` and `stride` give in its contiguous order."""
-    last = (storage_offset or 0) + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if 0 not in size and last >= x.size:
-        raise RuntimeError(f"position {last} of {x.size} elements")
-    at = jnp.full((), storage_offset or 0, jnp.int32)
-    for d, (n, step) in enumerate(zip(size, stride, strict=True)):
-        at = at + step * iota(n, len(size), d)
-    return x.reshape(-1).at[at].set(src.astype(x.dtype).reshape(tuple(size))).reshape(x.shape)
-
-
 @lowering(aten.repeat_interleave.Tensor, kind="dynamic")
 def repeat_interleave(repeats, output_size=None):
     """Each position as many times as `repeats` says."""
