@@ -154,6 +154,9 @@ def _fractional_max(x, kernel, output_size, samples, columns):
     batched = x if x.ndim == rank + 2 else x[None]
     samples = samples if x.ndim == rank + 2 else samples.reshape(1, *samples.shape[-2:])
     lead, spatial = batched.shape[:2], batched.shape[2:]
+    if not x.size:
+        shape = (*x.shape[: x.ndim - rank], *output_size)
+        return jnp.zeros(shape, x.dtype), jnp.zeros(shape, jnp.int32)
     at = jnp.zeros((*lead, *[1] * (2 * rank)), jnp.int32)
     for i, (n, out, k) in enumerate(zip(spatial, output_size, kernel, strict=True)):
         starts = _fractional_starts(samples[..., columns[i]], n, out, k)

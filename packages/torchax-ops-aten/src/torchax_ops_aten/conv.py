@@ -87,6 +87,8 @@ def _empty(x, w) -> bool:
 def convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
     """Cross-correlation, or its transpose, of ``[N, C, *spatial]``."""
     rank = input.ndim - 2
+    if min(padding, default=0) < 0:
+        raise RuntimeError("negative padding is not supported")
     stride, padding, dilation, output_padding = (_ints(v, rank) for v in (stride, padding, dilation, output_padding))
     if transposed:
         shape = _transposed_shape(input, weight, stride, padding, dilation, output_padding, groups)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from torchax.ops import aten, lowering
+from torchax.ops import aten, lowering, raise_if
 
 from .norm import wide
 
@@ -172,6 +172,8 @@ def scatter_planes(values, indices, shape, rank):
     """Add `values` at linear `indices` of the last `rank` dimensions of zeros of `shape`."""
     plane = math.prod(shape[-rank:])
     lead = math.prod(shape[:-rank])
+    if not values.size:
+        return jnp.zeros(shape, values.dtype)
     flat = jnp.zeros((lead, plane), values.dtype)
     rows = lax.broadcasted_iota(jnp.int32, (lead, 1), 0)
     flat = flat.at[rows, indices.reshape(lead, -1).astype(jnp.int32)].add(values.reshape(lead, -1))
@@ -205,6 +207,31 @@ def max_pool2d_with_indices_backward(grad_output, self, kernel_size, stride, pad
 def max_pool3d_with_indices_backward(grad_output, self, kernel_size, stride, padding, dilation, ceil_mode, indices):
     """Gradient of `max_pool3d_with_indices`."""
     return _unpool_gradient(grad_output, indices, self.shape, *_max_geometry(3, kernel_size, stride, padding, dilation))
+
+
+def _unpool(values, indices, output_size):
+    """`values` at linear `indices` of planes of zeros of `output_size`."""
+    rank, plane = len(output_size), math.prod(output_size)
+    lead = values.shape[: values.ndim - rank]
+    if not values.size:
+        return jnp.zeros((*lead, *output_size), values.dtype)
+    raise_if((indices < 0) | (indices >= plane), RuntimeError, "Found an invalid max index: {}", indices)
+    rows = lax.broadcasted_iota(jnp.int32, (math.prod(lead), 1), 0)
+    flat = jnp.zeros((math.prod(lead), plane), values.dtype)
+    flat = flat.at[rows, indices.reshape(len(rows), -1).astype(jnp.int32)].set(values.reshape(len(rows), -1))
+    return flat.reshape(*lead, *output_size)
+
+
+@lowering(aten.max_unpool2d.default, memory_format_of=("self",), checks=True)
+def max_unpool2d(self, indices, output_size):
+    """The inverse of `max_pool2d_with_indices`: zero but for the maxima."""
+    return _unpool(self, indices, output_size)
+
+
+@lowering(aten.max_unpool3d.default, checks=True)
+def max_unpool3d(self, indices, output_size, stride, padding):
+    """The inverse of `max_pool3d_with_indices`: zero but for the maxima."""
+    return _unpool(self, indices, output_size)
 
 
 def _divisors(spatial, out, kernel, stride, padding, count_include_pad, divisor_override) -> "np.ndarray | int":

@@ -124,9 +124,12 @@ def randperm(n, *, dtype=torch.int64, key):
     return random.permutation(key, jnp.arange(n, dtype=jnp.int32)).astype(to_jax(dtype or torch.int64))
 
 
-@stateful(aten.uniform.default, random=True, operands=("from", "to"))
+@stateful(aten.uniform.default, random=True, operands=("from", "to"), checks=True)
 def uniform(x, low=0.0, high=1.0, *, key):
     """Uniform over [low, high)."""
+    raise_if(
+        jnp.asarray(low) > high, RuntimeError, "uniform_ expects to return a [from, to) range, but found from > to"
+    )
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         work = x.dtype
         return _unit(key, x.shape, work) * scalar(high, work) + scalar(low, work) * (1 + 0j)
