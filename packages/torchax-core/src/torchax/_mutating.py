@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from ._infer import NoMeta, infer
 from ._lower import composite_rule
 from ._overlap import refusal, relations
 from ._placing import device_index, mixed_devices
+from ._registry import REGISTRY
 from ._rehearsal import Outcome, rehearse
 from ._signature import Signature
 from ._storage import TensorMeta
@@ -38,6 +38,7 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
         and any(a.name == "dtype" for a in twin._schema.arguments)
         and not any("Tensor" in str(a.type) for a in twin._schema.arguments)
     )
+    sized_by_values = any(entry.kind == "dynamic" for entry in REGISTRY.lowerings(twin))
     checked: set[Any] = set()
     outcomes: dict[Any, Outcome | None] = {}
     signature = Signature(func, (), numbers=True)
@@ -45,7 +46,8 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
     needed, defaults = _defaults_of(func, twin)
     bumps = schema.name.startswith("aten::_foreach_") and not outs  # torch leaves their versions to the device
     returned = [_alias_index(written, r) for r in schema.returns if r.alias_info is not None]
-    simple = [i for i, _ in written] == [0] and not outs and len(schema.returns) == 1 and not bumps
+    order = _order_of(func, twin)
+    simple = [i for i, _ in written] == [0] and not outs and len(schema.returns) == 1 and not bumps and order is None
 
     def rule(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         functional = RULES[twin]
@@ -85,9 +87,12 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
                 check_inplace(func, twin, args, kwargs, targets)
         if not bumps and (lying := relations(targets, args, kwargs, not outs)):
             _refuse_overlap(*call, lying)
-        values, metas = _run_raw(twin, args, kwargs)
+        values, metas = _run_raw(twin, args if order is None else tuple([args[i] for i in order]), kwargs)
         if len(targets) == 1 and (type(metas) is TensorMeta or not schema.returns):
             values, metas = (values,), (metas,)
+        if outs and any(isinstance(target, list | tuple) for target in targets):  # out= of split_copy is a list
+            values, metas = _flat(values, targets), _flat(metas, targets)
+            targets = _flat(targets, targets)
         fresh = 0 if outs else fresh_returns(func)
         if not all(map(_fits, targets, metas[fresh:])) and not _as_rehearsed(*call, targets, metas[fresh:]):
             for target, meta in zip(targets if outs else (), metas, strict=False):
@@ -130,8 +135,8 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
             return False
         if outcome.error is not None:
             raise outcome.error
-        if any(math.prod(shape) != m.numel for (shape, _), m in zip(outcome.layouts, metas, strict=True)):
-            return False  # the result is as large as the values say
+        if sized_by_values:
+            return False
         for target, meta, (shape, strides) in zip(targets, metas, outcome.layouts, strict=True):
             if target._m.shape != shape:
                 if outcome.warned and target._m.numel:
@@ -140,6 +145,12 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
         return True
 
     return rule
+
+
+def _flat(values: Any, targets: list[Any]) -> list[Any]:
+    """Of the values at lists among the targets the elements, all others as they are."""
+    pairs = zip(values, targets, strict=True)
+    return [x for value, target in pairs for x in (value if isinstance(target, list | tuple) else (value,))]
 
 
 def _fits(target: Any, meta: Any) -> bool:
@@ -155,6 +166,12 @@ def _defaults_of(func: Any, twin: Any) -> tuple[int, tuple[Any, ...]]:
     own = [a for a in func._schema.arguments if not a.kwarg_only]
     defaults = [(i + 1, a.default_value) for i, a in enumerate(own) if a.has_default_value() and a.name in wanted]
     return (defaults[-1][0], tuple(value for _, value in defaults)) if defaults else (0, ())
+
+
+def _order_of(func: Any, twin: Any) -> list[int] | None:
+    """Where the twin's positional arguments are among those of `func` (``polygamma(n, self)``); None if at the same places."""
+    own, wanted = ([a.name for a in f._schema.arguments if not a.kwarg_only] for f in (func, twin))
+    return [own.index(name) for name in wanted] if own != wanted and sorted(own) == sorted(wanted) else None
 
 
 def _alias_index(written: list[tuple[int, Any]], returned: Any) -> int:

@@ -111,8 +111,9 @@ def _window(t: Tensor, m: torch.Tensor, offset: int) -> Tensor:
     shape, strides = tuple(m.shape), tuple(m.stride())
     meta = meta_of(shape, strides, m.dtype, t._m.index)
     window = make(t._s, meta, strided_view(t._s.geometry, meta, offset))
-    for name, op in _MARKS.items() if t._v is not None else ():  # conjugated and negated views stay so
-        if sum(step.name == name for step in t._v.chain.steps) % 2 and (name != "aten::_conj" or m.is_complex()):
+    steps = [step.name for step in t._v.chain.steps] if t._v is not None else []
+    for name, op in _MARKS.items():  # conjugated and negated views stay so
+        if steps.count(name) % 2 and (name != "aten::_conj" or m.is_complex()):
             window = RULES[op]((window,), {})
     return window
 
