@@ -20,8 +20,10 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from . import _accelerator, _core_ops, _loading, _uninitialized, amp, convert, device
 from ._dispatch import RULES
+from ._lower import is_composite_implicit
 from ._registry import REGISTRY
-from ._whole import whole_kernel
+from ._twins import functional_twin
+from ._whole import whole_kernel, whole_out_kernel
 from .tensor import OWN, Tensor
 
 _KEYS = ("PrivateUse1", "Lazy")
@@ -76,8 +78,19 @@ def register_kernels() -> None:
             _registered.add(entry.op)
             if _autograd is not None and entry.op.startswith("aten::"):
                 _autograd.impl(entry.op.removeprefix("aten::"), whole_kernel(_overload(entry.op)))
+                _register_out_of(entry.op)
         elif entry.kind in ("functional", "stateful", "dynamic"):
             _register_if_factory(entry.op)
+
+
+def _register_out_of(name: str) -> None:
+    """The ``out=`` form of a whole op, where torch would take it apart: its parts ask whether views share C++ storage."""
+    out = f"{name.partition('.')[0]}.out"
+    if _autograd is not None and out not in _registered and _exists(out):
+        op = _overload(out)
+        if is_composite_implicit(op) and functional_twin(op) is _overload(name):
+            _registered.add(out)
+            _autograd.impl(out.removeprefix("aten::"), whole_out_kernel(op))
 
 
 def _overload(name: str) -> Any:

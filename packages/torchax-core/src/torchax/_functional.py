@@ -17,7 +17,7 @@ from ._dispatch import RULES
 from ._execute import Program, state
 from ._execute.traced import ImpureTrace
 from ._foreach import foreach_apply, foreach_element
-from ._infer import NoMeta, cpu_error, in_memory_format_of, infer, infer_by_shape
+from ._infer import NoMeta, column_major, cpu_error, in_memory_format_of, infer, infer_by_shape
 from ._lower import Apply, decomposed, decomposition, is_composite_implicit, lowered, op_by_op
 from ._missing import missing
 from ._placing import device_index
@@ -183,7 +183,12 @@ class FunctionalRule:
             way = decomposition(func)
             return Entry(None, lambda a, k: op_by_op(func, way[1], a, k), None, template, index, None)  # type: ignore[index]
         if results is None:
-            metas = infer_by_shape(without_state(run) if random_op else run, operands, index)
+            try:
+                metas = infer_by_shape(without_state(run) if random_op else run, operands, index)
+            except Exception as error:
+                raise torchs_error(func, args, kwargs, error) from error
+        if entry is not None and entry.column_major:
+            metas = column_major(metas, entry.column_major)
         wide = any(type(o) is not Tensor or o._m.wide for o in operands) or any(
             type(m) is TensorMeta and m.wide for m in tree_flatten(metas)[0]
         )

@@ -27,12 +27,16 @@ class NoMeta(Exception):
     """torch cannot tell the op's metadata without running it."""
 
 
-def infer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int, fresh: bool = False) -> Any:
+def infer(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int, fresh: bool = False, mend: Any = None
+) -> Any:
     """What `func` gives on tensors of this metadata: the same nest, with a `TensorMeta` on device `index` for each tensor.
 
-    Arguments and errors as for `run_on_meta`.
+    `mend` is as the attribute ``meta`` of a lowering. Other arguments and errors as for `run_on_meta`.
     """
     out = run_on_meta(func, args, kwargs, fresh)
+    if callable(mend):
+        out = mend(out, *args, **kwargs)
     return tree_map(lambda m: describe(m, index) if isinstance(m, torch.Tensor) else m, out)
 
 
@@ -58,6 +62,18 @@ def _formatted(memory_format: torch.memory_format, rank: int, m: Any) -> Any:
         return m
     strides = torch.empty(m.shape, device="meta", memory_format=memory_format).stride()
     return meta_of(m.shape, tuple(strides), m.dtype, m.index)
+
+
+def column_major(metas: Any, which: tuple[int, ...]) -> Any:
+    """`metas` with the matrices of the results `which` laid out by columns, as LAPACK leaves them."""
+
+    def turned(m: TensorMeta) -> TensorMeta:
+        flipped = dense_meta((*m.shape[:-2], *m.shape[:-3:-1]), m.dtype, m.index).strides
+        return meta_of(m.shape, (*flipped[:-2], *flipped[:-3:-1]), m.dtype, m.index)
+
+    if type(metas) is TensorMeta:
+        return turned(metas)
+    return tuple([turned(m) if i in which else m for i, m in enumerate(metas)])
 
 
 def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fresh: bool = False) -> Any:

@@ -33,7 +33,9 @@ def relation(a: Tensor, b: Tensor) -> str | None:
 
 def repeats(meta: TensorMeta) -> bool:
     """Whether elements of a tensor lie in one place, as those of an expanded one do."""
-    return any(stride == 0 and size > 1 for size, stride in zip(meta.shape, meta.strides, strict=True))
+    return meta.numel > 0 and any(
+        stride == 0 and size > 1 for size, stride in zip(meta.shape, meta.strides, strict=True)
+    )
 
 
 def relations(

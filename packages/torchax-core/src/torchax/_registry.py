@@ -51,9 +51,12 @@ class Lowering:
         products: `fn` multiplies matrices; `torch.set_float32_matmul_precision` decides their precision.
         checks: `fn` states errors that depend on values with `torchax.ops.raise_if`.
         meta: whether torch's meta kernel says shapes and dtypes of the results. False where it refuses what CPU torch
-            takes: then they are those that `fn` gives.
+            takes: then they are those that `fn` gives. A function mends what the meta kernel gives where CPU torch gives
+            something else: called with it and the call's arguments, it returns meta tensors.
         memory_format_of: names of the arguments whose memory format (channels last, if one of them has it) the results have,
             where torch's meta kernel gives row-major strides.
+        column_major: indices of the results whose matrices lie column by column, as LAPACK leaves them, where torch has no
+            meta kernel or it says otherwise.
         platforms: platforms that this lowering serves; empty means every one.
         dtypes: dtypes of the first tensor argument that it serves; empty means every one.
         when: a predicate over the call's arguments, `jax.ShapeDtypeStruct`s in place of tensors.
@@ -79,8 +82,9 @@ class Lowering:
     writes: tuple[str, ...] = ()
     checks: bool = False
     products: bool = False
-    meta: bool = True
+    meta: bool | Callable[..., Any] = True
     memory_format_of: tuple[str, ...] = ()
+    column_major: tuple[int, ...] = ()
     platforms: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
     when: Callable[..., bool] | None = None

@@ -54,6 +54,25 @@ def whole_kernel(op: Any) -> Callable[..., Any]:
     return kernel
 
 
+def whole_out_kernel(op: Any) -> Callable[..., Any]:
+    """The kernel for the ``out=`` form of a whole op."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        needs = any(isinstance(t, torch.Tensor) and t.requires_grad for t in (*args, *kwargs.values()))
+        if (
+            peek_interpreter_stack() is not None
+            or _forward_ad._current_level >= 0
+            or (needs and torch.is_grad_enabled())
+        ):  # torch says what it thinks of gradients there
+            return op._op_dk(_COMPOSITE, *args, **kwargs)
+        with torch._C._AutoDispatchBelowAutograd():
+            result = RULES[op](args, kwargs)
+        torch.autograd.graph.increment_version(kwargs["out"])
+        return result
+
+    return kernel
+
+
 class _Call:
     """A call of a whole op, less its tensors."""
 

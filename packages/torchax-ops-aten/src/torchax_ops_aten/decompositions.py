@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from torchax.ops import aten, lowering
 
+from ._common import wide
 from .linalg import mH
 
 
@@ -74,7 +75,7 @@ def linalg_qr(A, mode="reduced"):
     return (jnp.zeros((0,), A.dtype) if mode == "r" else q), r
 
 
-@lowering(aten.geqrf.default)
+@lowering(aten.geqrf.default, column_major=(0,))
 def geqrf(self):
     """Householder reflectors below R, and their factors, as LAPACK stores them."""
     rows, columns = self.shape[-2:]
@@ -128,7 +129,7 @@ def ormqr(self, input2, input3, left=True, transpose=False):
 
 
 def _static_residuals(self, b, rcond=None, *, driver=None):
-    return driver in (None, "gelsy", "gels") or self.shape[-2] <= self.shape[-1]
+    return driver in (None, "gelsy", "gels") or len(self.shape) < 2 or self.shape[-2] <= self.shape[-1]
 
 
 def _least_squares(a, b, rcond, driver):
@@ -197,14 +198,15 @@ def linalg_pinv(self, *, atol=None, rtol=None, hermitian=False):
 
 @lowering(aten.linalg_matrix_exp.default)
 def linalg_matrix_exp(self):
-    """Matrix exponential: Taylor's polynomial of degree 18 of the matrix scaled to norm 1, squared back."""
+    """Matrix exponential: Taylor's polynomial of degree 19 of the matrix scaled to a small norm, squared back."""
     if self.size == 0:
         return self
-    n = self.shape[-1]
-    norm = jnp.abs(self).sum(-2).max(-1)
+    n, x = self.shape[-1], wide(self)
+    most = 3 if _real(x.dtype) == jnp.float32 else 1  # norm at which the polynomial is exact to the last digit
+    norm = jnp.abs(x).sum(-2).max(-1) / most
     squarings = jnp.where(norm > 1, jnp.ceil(jnp.log2(jnp.where(norm > 1, norm, 1))), 0)
     squarings = jnp.where(jnp.isfinite(squarings), squarings, 0).astype(jnp.int32)
-    x = self / jnp.exp2(squarings.astype(norm.dtype))[..., None, None].astype(self.dtype)
+    x = x / jnp.exp2(squarings.astype(norm.dtype))[..., None, None].astype(x.dtype)
     powers = [jnp.broadcast_to(jnp.eye(n, dtype=x.dtype), x.shape), x]
     while len(powers) < 6:
         powers.append(powers[-1] @ x)

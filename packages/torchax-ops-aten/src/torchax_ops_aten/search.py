@@ -99,6 +99,8 @@ def _edges(values, bins, low, high):
 def _all_edges(x, bins, limits):
     """Edges for each column of `x`, between the given limits or the column's extremes."""
     columns = x.reshape(-1, x.shape[-1])
+    if len(bins) != x.shape[-1]:
+        raise ValueError("one number of bins for each column")
     edges = []
     for d, count in enumerate(bins):
         if limits:

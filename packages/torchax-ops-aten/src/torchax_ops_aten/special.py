@@ -18,8 +18,10 @@ def lgamma(x):
 
 @lowering(aten.digamma.default, promote="int_to_float")
 def digamma(x):
-    """The derivative of lgamma; -inf at 0, inf at -0, NaN at negative integers."""
-    result = lax.digamma(x)
+    """The derivative of lgamma; -inf at 0, inf at -0, NaN at negative integers. Reflected below 0, with an exact fraction."""
+    low = x < 0
+    result = lax.digamma(jnp.where(low, 1 - x, x)) - jnp.where(low, math.pi / jnp.tan(math.pi * (x - jnp.round(x))), 0)
+    result = jnp.where(low & (x == jnp.round(x)), jnp.nan, result)
     return jnp.where(x == 0, jnp.copysign(jnp.asarray(jnp.inf, x.dtype), -x), result)
 
 
@@ -34,7 +36,8 @@ def polygamma(n, x):
         upper = positive_zeta(jnp.full_like(x, 2), jnp.where(low, 1 - x, x))
         return jnp.where(low, (math.pi / jnp.sin(math.pi * x)) ** 2 - upper, upper)
     sign = 1.0 if n % 2 else -1.0
-    return sign * jnp.exp(lax.lgamma(jnp.full_like(x, n + 1))) * _zeta(jnp.full_like(x, n + 1), x)
+    factorial = float(math.factorial(n)) if n <= 170 else math.inf
+    return sign * factorial * _zeta(jnp.full_like(x, n + 1), x)
 
 
 @lowering(
@@ -51,18 +54,27 @@ _FARTHEST = (
 
 
 def _zeta(x, q):
-    """JAX's zeta for positive q; the terms below 0 are added one by one, as Cephes does."""
+    """JAX's zeta for positive q; from a q below 0 the terms are added one by one up to 9, as Cephes does.
+
+    The rounding errors of these sums are carried along: terms on both sides of 0 nearly cancel.
+    """
     whole = jnp.floor(q)
     start = jnp.where(q < -_FARTHEST, q - whole - _FARTHEST, q)
+    end = jnp.where(q > 0, 0, 9).astype(q.dtype)
 
     def add_term(state):
-        total, a = state
-        below = a <= 0
+        total, rest, a = state
+        more = a <= end
         term = jnp.abs(a) ** -x * jnp.where((x % 2 == 1) & (a < 0), -1, 1).astype(x.dtype)
-        return jnp.where(below, total + term, total), jnp.where(below, a + 1, a)
+        term = jnp.where(more, term, 0)
+        new = total + term
+        other = new - total  # Knuth's two-sum
+        rest = rest + ((total - (new - other)) + (term - other))
+        return new, rest, jnp.where(more, a + 1, a)
 
-    total, a = lax.while_loop(lambda state: jnp.any(state[1] <= 0), add_term, (jnp.zeros_like(start), start))
-    result = total + positive_zeta(x, a)
+    zeros = jnp.zeros_like(start)
+    total, rest, a = lax.while_loop(lambda state: jnp.any(state[2] <= end), add_term, (zeros, zeros, start))
+    result = total + (rest + positive_zeta(x, a))
     result = jnp.where((q <= 0) & (x != jnp.floor(x)), jnp.nan, result)
     result = jnp.where((q <= 0) & (q == whole), jnp.inf, result)
     return jnp.where(x == 1, jnp.inf, jnp.where(x < 1, jnp.nan, result))
