@@ -81,15 +81,15 @@ def _limit(seconds: float | None) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, max(left, 0.01) if timer[0] else 0)
 
 
-def run_case(case: Case, max_samples: int | None = None, timeout: float | None = None) -> Result:
-    """Run a case on at most `max_samples` samples, evenly spread over all."""
+def run_case(case: Case, max_samples: int | None = None, timeout: float | None = None, turn: int = 0) -> Result:
+    """Run a case on at most `max_samples` samples, evenly spread over all; another `turn` takes others."""
     started = time.monotonic()
     result = Result(case, "pass")
     skipped: list[str] = []
     try:
         with _limit(timeout), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for i, sample in _samples(case, max_samples):
+            for i, sample in _samples(case, max_samples, turn):
                 try:
                     run_sample(case, sample)
                     result.samples += 1
@@ -126,14 +126,14 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {mutation.brief(error, 200)}{tail}"
 
 
-def _samples(case: Case, limit: int | None) -> Iterator[tuple[int, Sample]]:
+def _samples(case: Case, limit: int | None, turn: int) -> Iterator[tuple[int, Sample]]:
     if case.form == "errors":
         yield from enumerate(mutation.error_cases(case.op))
         return
     form = forms.VALUE_FORMS.get(case.form)
     requires_grad = form is not None and form.requires_grad
     assert case.dtype is not None
-    yield from samples.chosen(samples.generate(case.op, case.dtype, requires_grad), limit)
+    yield from samples.chosen(samples.generate(case.op, case.dtype, requires_grad), limit, turn)
 
 
 def run_sample(case: Case, sample: Sample) -> None:

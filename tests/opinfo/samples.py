@@ -221,7 +221,8 @@ def negated(sample: Sample) -> Sample:
     return sample.map(lambda x: torch._neg_view(-x.detach()).requires_grad_(x.requires_grad) if wide(x) else x)
 
 
-def chosen(items: tuple[Sample, ...], limit: int | None) -> Iterator[tuple[int, Sample]]:
-    """At most `limit` samples with their positions."""
+def chosen(items: tuple[Sample, ...], limit: int | None, turn: int = 0) -> Iterator[tuple[int, Sample]]:
+    """At most `limit` samples with their positions; another `turn` gives others."""
     for i in spread(len(items), limit):
-        yield i, items[i]
+        at = (i + turn) % len(items)
+        yield at, items[at]

@@ -22,13 +22,13 @@ DROPPING |= {"FractionalMaxPool2d", "FractionalMaxPool3d"}
 TOLERANCE = {torch.float32: (1e-4, 2e-5), torch.float64: (1e-7, 1e-9)}
 
 
-def on_jax(x):
-    """A copy of a nest of leaves on device jax."""
+def copied(x, device):
+    """A copy of a nest on a device, with leaves of autograd."""
 
     def moved(t):
         if not isinstance(t, torch.Tensor):
             return t
-        return t.detach().clone().to("jax").requires_grad_(t.requires_grad)
+        return t.detach().clone().to(device).requires_grad_(t.requires_grad)
 
     return pytree.tree_map(moved, x)
 
@@ -61,8 +61,8 @@ def check(info, item, dtype, training):
     arguments = item.constructor_input
     module = info.module_cls(*arguments.args, **arguments.kwargs).to(dtype).train(training)
     call = item.forward_input
-    args, kwargs = copy.deepcopy((call.args, call.kwargs))
-    there_args, there_kwargs = on_jax((call.args, call.kwargs))
+    args, kwargs = copied((call.args, call.kwargs), "cpu")
+    there_args, there_kwargs = copied((call.args, call.kwargs), "jax")
     if info.is_lazy:
         with torch.no_grad():
             module(*args, **kwargs)
