@@ -42,7 +42,7 @@ CASES = {
     "cross_entropy": lambda x, i, n, row, target, a, zero: F.cross_entropy(x, target),
     "one_hot": lambda x, i, n, row, target, a, zero: F.one_hot(i, 3),
     "floor_divide": lambda x, i, n, row, target, a, zero: a // zero,
-    "remainder": lambda x, i, n, row, target, a, zero: a % 0,
+    "remainder": lambda x, i, n, row, target, a, zero: a % zero,
     "div_": lambda x, i, n, row, target, a, zero: a.clone().div_(zero, rounding_mode="trunc"),
     "bernoulli": lambda x, i, n, row, target, a, zero: torch.bernoulli(x),
     "multinomial": lambda x, i, n, row, target, a, zero: torch.multinomial(-x, 1),
@@ -67,6 +67,11 @@ def test_like_cpu(name):
     with pytest.raises(cpu.type, match=r"found in aten::"):
         torch.ones(1, device="jax").item()
     assert torch.ones(1, device="jax").item() == 1  # once
+
+
+def test_what_needs_no_value_is_raised_at_once():
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        INT.to("jax") % 0
 
 
 @pytest.mark.parametrize(

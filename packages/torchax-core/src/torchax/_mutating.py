@@ -33,6 +33,8 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
     schema = func._schema
     written = [(i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     outs = [a.name for _, a in written if a.is_out]
+    if outs:  # what else is written (running statistics), the twin writes, too
+        written = [(i, a) for i, a in written if a.is_out]
     takes_dtype = (
         bool(outs)
         and any(a.name == "dtype" for a in twin._schema.arguments)
@@ -51,7 +53,12 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
     def rule(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         functional = RULES[twin]
-        if not simple or not isinstance(functional, FunctionalRule) or len(args) < needed:
+        if (
+            not simple
+            or not isinstance(functional, FunctionalRule)
+            or len(args) < needed
+            or type(args[0]) is not Tensor
+        ):
             return checked_rule(args, kwargs)
         key, operands = functional.bind(args, kwargs)
         entry = settled.get(key)
@@ -100,6 +107,7 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
         if key is not None:
             for target, meta in zip(targets, metas[fresh:], strict=False):
                 check_cast(meta, target)
+                check_shape(meta, target)
             checked.add(key)
         for target, value, meta in zip(targets, values[fresh:], metas[fresh:], strict=False):
             _write(target, value, meta)
@@ -157,7 +165,10 @@ def _fits(target: Any, meta: Any) -> bool:
     """Whether a result can be written as it is."""
     if type(meta) is not TensorMeta or target is None:
         return True
-    return type(target) is Tensor and target._m.shape == meta.shape and target._m.dtype is meta.dtype
+    if type(target) is not Tensor:
+        return False
+    m = target._m
+    return m is meta or (m.shape == meta.shape and m.dtype is meta.dtype and m.index == meta.index)
 
 
 def _defaults_of(func: Any, twin: Any) -> tuple[int, tuple[Any, ...]]:
@@ -219,6 +230,17 @@ def check_cast(meta: Any, target: Any) -> None:
     elif type(meta) is TensorMeta and target is not None and not torch.can_cast(meta.dtype, target.dtype):
         raise RuntimeError(
             f"result type {_scalar_name(meta.dtype)} can't be cast to the desired output type {_scalar_name(target.dtype)}"
+        )
+
+
+def check_shape(meta: Any, target: Any) -> None:
+    """torch's refusal of a result that is larger than the tensor to be written."""
+    if type(meta) is not TensorMeta or type(target) is not Tensor or meta.shape == target._m.shape:
+        return
+    lead = len(target._m.shape) - len(meta.shape)
+    if lead < 0 or any(n not in (1, m) for n, m in zip(meta.shape, target._m.shape[lead:], strict=True)):
+        raise RuntimeError(
+            f"output with shape {list(target._m.shape)} doesn't match the broadcast shape {list(meta.shape)}"
         )
 
 

@@ -1,6 +1,7 @@
-"""What CPU torch does when the tensor to be written does not fit the result: found out on CPU tensors of the same metadata.
+"""What CPU torch does with a call, found out on CPU tensors of the same metadata, where meta kernels do not say it.
 
-Ops differ there. Some resize it (with a warning or without), some cast, some refuse, and their meta kernels do not say which.
+They let pass some calls that CPU torch refuses. And ops differ in what they do with a tensor to be written that does
+not fit the result: some resize it (with a warning or without), some cast, some refuse.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
+from ._execute import state
 from ._infer import pivots_of
 from ._storage import TensorMeta
+from .convert import to_cpu
 from .tensor import Tensor
 
 _MOST = 1 << 16  # elements that a rehearsal may hold
@@ -86,6 +89,42 @@ def rehearse(
     after = [copies[id(t)] for t in targets if id(t) in copies]
     layouts = tuple((tuple(t.shape), tuple(t.stride())) for t in after) if error is None else ()
     return Outcome(error, any("resized" in str(w.message) for w in caught), layouts)
+
+
+def refused(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
+    """What CPU torch raises for a call that its meta kernel lets pass; None if nothing.
+
+    Ones and zeros stand in for the values. If CPU torch refuses these it is asked again with the values themselves,
+    so that they are fetched for a call that goes wrong only. While tracing there are none, and nothing is refused.
+    """
+    tensors = [t for t in tree_flatten((args, kwargs))[0] if type(t) is Tensor]
+    if state.executor.owner is not None or sum(_extent(t._m.shape, t._m.strides) for t in tensors) > _MOST:
+        return None
+    ones = pivots_of(func, args) | {
+        id(a) for a, s in zip(args, func._schema.arguments, strict=False) if s.name == "other"
+    }  # a divisor
+    if _raised(func, args, kwargs, lambda t: _stand_in(t._m, id(t) in ones)) is None:
+        return None
+    return _raised(func, args, kwargs, lambda t: to_cpu(t, str(func)))
+
+
+def _raised(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], stand_in: Callable[[Tensor], torch.Tensor]
+) -> Exception | None:
+    def on_cpu(x: Any) -> Any:
+        if type(x) is Tensor:
+            return stand_in(x)
+        return torch.device("cpu") if isinstance(x, torch.device) else x
+
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            func(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
+    except NotImplementedError:  # CPU torch has no kernel for the dtype; that does not mean that there is none here
+        return None
+    except Exception as error:
+        return error
+    return None
 
 
 def _with_warnings(call: Callable[[], Any]) -> None:
