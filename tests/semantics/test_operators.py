@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torchax
-from helpers import assert_same
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from helpers import assert_same
 
 OPERATORS = [operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul]
 INPLACE = [operator.iadd, operator.isub, operator.imul, operator.itruediv]
