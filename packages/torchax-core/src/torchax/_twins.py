@@ -37,12 +37,19 @@ def _is_functional(overload: Any) -> bool:
     return not schema.is_mutable and any("Tensor" in str(a.type) for a in (*schema.arguments, *schema.returns))
 
 
+def _makes_results(overload: Any) -> bool:
+    """Whether it makes its results. Running statistics are written by either form of an op."""
+    schema = overload._schema
+    return not any(a.is_out for a in schema.arguments) and any("Tensor" in str(r.type) for r in schema.returns)
+
+
 def _by_arguments(packet: Any, func: Any) -> Any | None:
     want = [(a.name, str(a.type)) for a in func._schema.arguments if not a.is_out]
     own = func._schema.overload_name or "default"
+    has_out = any(a.is_out for a in func._schema.arguments)
     for overload in sorted(packet.overloads(), key=lambda name: name != own):  # the one of the same name first
         candidate = getattr(packet, overload)
-        if not _is_functional(candidate):
+        if not (_makes_results(candidate) if has_out else _is_functional(candidate)):
             continue
         have = [(a.name, str(a.type)) for a in candidate._schema.arguments]
         if have == want or [a for a in have if a[0] not in _PLACEMENT] == want:

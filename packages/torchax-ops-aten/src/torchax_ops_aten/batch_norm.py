@@ -42,20 +42,27 @@ def _train(input, weight, bias, running_mean, running_var, momentum, eps):
 
 
 def _evaluate(input, weight, bias, running_mean, running_var, eps):
-    """Result and the statistics that it was made with (CPU torch saves none, its meta kernel says these)."""
+    """Result and the statistics that it was made with."""
     mean, rstd = wide(running_mean), lax.rsqrt(wide(running_var) + eps)
     return _apply(input, weight, bias, mean, rstd), mean, rstd
 
 
-@stateful(aten.native_batch_norm.default, writes=("running_mean", "running_var"))
+def _saved(results, input, weight, bias, running_mean, running_var, training, momentum, eps):
+    """CPU torch saves no statistics but in training; its meta kernel says it does."""
+    out, mean, rstd, *more = results
+    return results if training else (out, mean.new_empty(0), rstd.new_empty(0), *more)
+
+
+@stateful(aten.native_batch_norm.default, writes=("running_mean", "running_var"), meta=_saved)
 def native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps):
     """Normalize each channel with its batch's statistics (training) or with the running ones."""
     if training:
         return _train(input, weight, bias, running_mean, running_var, momentum, eps)
-    return *_evaluate(input, weight, bias, running_mean, running_var, eps), running_mean, running_var
+    out, mean, rstd = _evaluate(input, weight, bias, running_mean, running_var, eps)
+    return out, mean[:0], rstd[:0], running_mean, running_var
 
 
-@stateful(aten._native_batch_norm_legit.default)
+@stateful(aten._native_batch_norm_legit.default, meta=_saved)
 def native_batch_norm_legit(input, weight, bias, running_mean, running_var, training, momentum, eps):
     """`native_batch_norm` with a schema that says what it writes."""
     return native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)
@@ -67,7 +74,7 @@ def native_batch_norm_no_stats(input, weight, bias, training, momentum, eps):
     return _train(input, weight, bias, None, None, momentum, eps)[:3]
 
 
-@lowering(aten._native_batch_norm_legit_functional.default)
+@lowering(aten._native_batch_norm_legit_functional.default, meta=_saved)
 def native_batch_norm_functional(input, weight, bias, running_mean, running_var, training, momentum, eps):
     """`native_batch_norm`, the new running statistics among the results."""
     return native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)
