@@ -259,3 +259,12 @@ def test_casts_to_integers_out_of_range(source, target):
 def test_casts_to_uint32_need_no_other_wide_value():
     x = torch.tensor([0.0, 3.9, 3e9, 2.0**31])
     assert x.to("jax").to(torch.uint32).tolist() == x.to(torch.uint32).tolist() == [0, 3, 3000000000, 2**31]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_a_tensor_that_was_moved_can_still_be_resized(dtype):
+    t = torch.ones(2, 3, dtype=dtype)
+    moved = t.to("jax")
+    t.resize_(4, 4)
+    t.fill_(7)
+    assert moved.shape == (2, 3) and moved.sum().item() == 6

@@ -65,11 +65,9 @@ def host_values(t: torch.Tensor) -> np.ndarray:
     """A CPU tensor's values as a numpy array of their own."""
     check_dense(t)
     dtype = dtypes.to_jax(t.dtype)
-    t = t.detach().resolve_conj().resolve_neg()
-    host = (
-        np.array(t.view(_BITS[t.element_size()]).numpy()).view(dtype) if dtype.isbuiltin == 2 else np.array(t.numpy())
-    )
-    return host.reshape(tuple(t.shape))
+    # a copy first: torch never resizes a tensor again whose memory numpy has seen
+    t = t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return t.view(_BITS[t.element_size()]).numpy().view(dtype) if dtype.isbuiltin == 2 else t.numpy()
 
 
 def on_device(values: np.ndarray, index: int) -> jax.Array:
