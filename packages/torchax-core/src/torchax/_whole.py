@@ -56,6 +56,7 @@ def whole_kernel(op: Any) -> Callable[..., Any]:
 
 def whole_out_kernel(op: Any) -> Callable[..., Any]:
     """The kernel for the ``out=`` form of a whole op."""
+    outs = [a.name for a in op._schema.arguments if a.is_out]
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         needs = any(isinstance(t, torch.Tensor) and t.requires_grad for t in (*args, *kwargs.values()))
@@ -67,7 +68,7 @@ def whole_out_kernel(op: Any) -> Callable[..., Any]:
             return op._op_dk(_COMPOSITE, *args, **kwargs)
         with torch._C._AutoDispatchBelowAutograd():
             result = RULES[op](args, kwargs)
-        torch.autograd.graph.increment_version(kwargs["out"])
+        torch.autograd.graph.increment_version([kwargs[name] for name in outs])
         return result
 
     return kernel
