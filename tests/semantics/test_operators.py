@@ -60,7 +60,9 @@ def test_in_place_counts_versions(name):
     for count in (1, 2, 3):
         assert getattr(a, name)(b) is a
         assert a._version == count
-    getattr(a, name)(b, **({"alpha": 2} if name in ("add_", "sub_") else {"rounding_mode": "floor"} if name == "div_" else {}))
+    getattr(a, name)(
+        b, **({"alpha": 2} if name in ("add_", "sub_") else {"rounding_mode": "floor"} if name == "div_" else {})
+    )
     assert a._version == 4
 
 

@@ -185,7 +185,7 @@ _moving = threading.local()
 
 def _apply(self: torch.nn.Module, fn: Callable[..., Any], recurse: bool = True) -> torch.nn.Module:
     before = {name: p for name, p in self._parameters.items() if p is not None}
-    lazy = {name: b for name, b in self._buffers.items() if is_lazy(b)}
+    lazy = {name: b for name, b in self._buffers.items() if b is not None and is_lazy(b)}
     outermost = not hasattr(_moving, "seen")
     if outermost:
         _moving.seen = {}
@@ -200,7 +200,7 @@ def _apply(self: torch.nn.Module, fn: Callable[..., Any], recurse: bool = True) 
                 if id(old) in seen:
                     self._parameters[name] = seen[id(old)][1]
         for name, old in before.items():
-            new = self._parameters[name]
+            new: Any = self._parameters[name]
             if id(old) in seen or new is None:
                 continue
             if is_lazy(old):

@@ -30,7 +30,7 @@ class _Local(threading.local):
     collected: list[tuple[Check, jax.Array]] | None = None  # while a program is traced: what its lowering states
 
     def __init__(self) -> None:
-        self.waiting: list[tuple[str, list[Check], tuple[jax.Array, ...]]] = []
+        self.waiting: list[tuple[str, list[Check], tuple[Any, ...]]] = []
 
 
 _local = _Local()
@@ -93,7 +93,7 @@ def settle() -> None:
         _look(waiting)
 
 
-def _look(waiting: list[tuple[str, list[Check], tuple[jax.Array, ...]]]) -> None:
+def _look(waiting: list[tuple[str, list[Check], tuple[Any, ...]]]) -> None:
     for (name, checks, _), flags in zip(waiting, jax.device_get([flags for *_, flags in waiting]), strict=True):
         for check, flag in zip(checks, flags, strict=True):
             values = np.atleast_1d(flag)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -259,7 +259,7 @@ class FunctionalRule:
         except errors.LoweringError as error:
             raise torchs_error(self.func, args, kwargs, error) from error
 
-    def _stateful(self, entry: Entry, operands: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _stateful(self, entry: Entry, operands: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         executor, lowering = state.executor, entry.lowering
         assert lowering is not None
         generator = None

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.nn import parameter
-from torch.nn.parameter import UninitializedTensorMixin, is_lazy
+from torch.nn.parameter import UninitializedTensorMixin, is_lazy  # pyright: ignore[reportAttributeAccessIssue]
 
 from .tensor import Tensor, become, make
 

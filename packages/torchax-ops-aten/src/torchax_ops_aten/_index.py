@@ -42,7 +42,7 @@ def wrap(index, size):
     return jnp.where(index < 0, index + size, index)
 
 
-def check_range(index, size, dim=0, error=IndexError, message="", negative=False):
+def check_range(index, size, dim=0, error: type[Exception] = IndexError, message="", negative=False):
     """State that every index lies in ``[0, size)``, or in ``[-size, size)`` where `negative` ones count from the end."""
     bad = index >= size
     if not jnp.issubdtype(index.dtype, jnp.unsignedinteger):
