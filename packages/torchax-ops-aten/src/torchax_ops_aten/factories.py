@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax import lax
 from torchax.dtypes import to_jax
 from torchax.ops import aten, lowering
 
@@ -151,11 +152,14 @@ def _spaced(start, end, steps, dtype):
     """`steps` values from `start` to `end`, computed from the nearer end, as torch does."""
     work = np.dtype(np.float64) if jnp.issubdtype(dtype, jnp.integer) else dtype
     with jax.enable_x64(work.itemsize >= 8):
+        if work != dtype:  # torch rounds the ends, but not the steps between them
+            start, end = cast(start, dtype), cast(end, dtype)
         start, end = scalar(start, work), scalar(end, work)
         if steps == 1:
             return start.reshape(1).astype(dtype)
         i = jnp.arange(steps, dtype=np.int32)
-        step = (end - start) / scalar(max(steps - 1, 1), work)
+        # by a constant, XLA would multiply with its rounded reciprocal
+        step = (end - start) / lax.optimization_barrier(scalar(max(steps - 1, 1), work))
         low, high = start + step * i.astype(work), end - step * (steps - 1 - i).astype(work)
         return jnp.where(i < steps // 2, low, high).astype(dtype)
 
@@ -177,9 +181,10 @@ def linspace(start, end, steps, *, dtype=None):
 def logspace(start, end, steps, base=10.0, *, dtype=None):
     """`base` to the power of `steps` values from `start` to `end`."""
     dtype = _linspace_dtype(dtype, start, end)
-    work = np.dtype(np.float64) if jnp.issubdtype(dtype, jnp.integer) else dtype
+    exact = jnp.issubdtype(dtype, jnp.integer) or (steps == 1 and jnp.issubdtype(dtype, jnp.floating))
+    work = np.dtype(np.float64) if exact else dtype
     with jax.enable_x64(work.itemsize >= 8):
-        if work != dtype and steps > 1:  # torch rounds the ends, but not the steps between them
+        if work != dtype and steps > 1:  # as for linspace
             start, end = (cast(v, dtype) for v in (start, end))
         if base < 0:
             base = complex(base) if jnp.issubdtype(work, jnp.complexfloating) else base
