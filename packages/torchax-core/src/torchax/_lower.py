@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -48,6 +49,11 @@ def lowered(func: Any, entry: Lowering, args: tuple[Any, ...], kwargs: dict[str,
         metas: metadata of the results as `_infer.infer` gives it, None where nobody knows.
     """
     fn = entry.fn
+    if entry.layouts:
+        named = zip(args, func._schema.arguments, strict=False)
+        fn = functools.partial(
+            fn, row_major=frozenset(s.name for a, s in named if type(a) is Tensor and a._m.contiguous)
+        )
     promotion = _promotion(func, entry, args, kwargs)
 
     def apply(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -57,6 +57,7 @@ class Lowering:
             where torch's meta kernel gives row-major strides.
         column_major: indices of the results whose matrices lie column by column, as LAPACK leaves them, where torch has no
             meta kernel or it says otherwise.
+        layouts: `fn` takes a keyword ``row_major``, the names of the tensor arguments that are contiguous.
         platforms: platforms that this lowering serves; empty means every one.
         dtypes: dtypes of the first tensor argument that it serves; empty means every one.
         when: a predicate over the call's arguments, `jax.ShapeDtypeStruct`s in place of tensors.
@@ -85,6 +86,7 @@ class Lowering:
     meta: bool | Callable[..., Any] = True
     memory_format_of: tuple[str, ...] = ()
     column_major: tuple[int, ...] = ()
+    layouts: bool = False
     platforms: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
     when: Callable[..., bool] | None = None

@@ -189,34 +189,13 @@ def linalg_lu_solve(LU, pivots, B, *, left=True, adjoint=False):
     return _lu_solve(LU, pivots, B, left, adjoint)
 
 
-def _factor_as_torch(a):
-    # torch factors the transpose of a real matrix that is row-major, and its gradients rely on it
-    return _lu(a) if jnp.iscomplexobj(a) else _lu(mT(a))
-
-
-def _solve(a, b, left):
-    """Solution, LU, pivots and info; `b` may be a batch of vectors."""
-    vector = b.ndim == 1 or (b.ndim == a.ndim - 1 and b.shape == a.shape[:-1])
-    lu, pivots, info = _factor_as_torch(a)
-    x = _lu_solve(lu, pivots, b[..., None] if vector else b, left or vector, not jnp.iscomplexobj(a))
-    return (x[..., 0] if vector else x), lu, pivots, info
-
-
 @lowering(aten._linalg_solve_ex.default)
 def linalg_solve_ex(A, B, *, left=True, check_errors=False):
-    """Solution, LU, pivots and info."""
-    return _solve(A, B, left)
-
-
-def _unchecked(*args, check_errors=False, **kwargs):
-    return not check_errors
-
-
-@lowering(aten.linalg_solve_ex.default, whole=True, when=_unchecked)
-def linalg_solve_ex_whole(A, B, *, left=True, check_errors=False):
-    """Solution and info; whole, since torch's own gradient asks for the strides that the factors were made from."""
-    x, _, _, info = _solve(A, B, left)
-    return x, info
+    """Solution, LU, pivots and info; `B` may be a batch of vectors."""
+    vector = B.ndim == 1 or (B.ndim == A.ndim - 1 and B.shape == A.shape[:-1])
+    lu, pivots, info = _lu(A)
+    x = _lu_solve(lu, pivots, B[..., None] if vector else B, left or vector)
+    return (x[..., 0] if vector else x), lu, pivots, info
 
 
 @lowering(aten.linalg_inv_ex.default)
@@ -233,65 +212,22 @@ def _swaps(pivots):
     return 1 - 2 * (moved.sum(-1, dtype=jnp.int32) % 2)
 
 
-def _det(a):
-    lu, pivots, _ = _factor_as_torch(a)
-    return jnp.diagonal(lu, axis1=-2, axis2=-1).prod(-1) * _swaps(pivots).astype(a.dtype), lu, pivots
+def _factor_as_torch(a, row_major):
+    # for determinants torch factors the transpose of a real matrix that is row-major, and its gradients rely on it
+    return _lu(mT(a) if "A" in row_major and not jnp.iscomplexobj(a) else a)
 
 
-def _slogdet(a):
-    lu, pivots, _ = _factor_as_torch(a)
-    diagonal = jnp.diagonal(lu, axis1=-2, axis2=-1)
-    sign = jnp.sign(diagonal).prod(-1) * _swaps(pivots).astype(a.dtype)
-    return sign, jnp.log(jnp.abs(diagonal)).sum(-1), lu, pivots
-
-
-@lowering(aten._linalg_det.default)
-def linalg_det(A):
+@lowering(aten._linalg_det.default, layouts=True)
+def linalg_det(A, row_major=()):
     """Determinant, LU and pivots."""
-    return _det(A)
+    lu, pivots, _ = _factor_as_torch(A, row_major)
+    return jnp.diagonal(lu, axis1=-2, axis2=-1).prod(-1) * _swaps(pivots).astype(A.dtype), lu, pivots
 
 
-@lowering(aten._linalg_slogdet.default)
-def linalg_slogdet(A):
+@lowering(aten._linalg_slogdet.default, layouts=True)
+def linalg_slogdet(A, row_major=()):
     """Sign and logarithm of the determinant, LU and pivots."""
-    return _slogdet(A)
-
-
-def _nonsingular(lu):
-    """As torch's gradients do: zero pivots become the smallest number that matters."""
+    lu, pivots, _ = _factor_as_torch(A, row_major)
     diagonal = jnp.diagonal(lu, axis1=-2, axis2=-1)
-    tiny = jnp.where(diagonal == 0, jnp.finfo(lu.dtype).eps, 0).astype(lu.dtype)
-    return lu + tiny[..., None] * jnp.eye(lu.shape[-1], dtype=lu.dtype)
-
-
-def _inverse_adjoint(a, scale):
-    """``scale * inv(a)`` conjugate transposed."""
-    lu, pivots, _ = _lu(a)
-    eye = jnp.eye(a.shape[-1], dtype=a.dtype)
-    return _lu_solve(_nonsingular(lu), pivots, scale[..., None, None] * eye, True, True)
-
-
-def _det_backward(grads, args, result, needs):
-    """Jacobi's formula."""
-    return (_inverse_adjoint(args[0], grads * result.conj()),)
-
-
-def _slogdet_backward(grads, args, result, needs):
-    sign, log = grads
-    scale = jnp.zeros_like(result[0]) if log is None else log.astype(result[0].dtype)
-    if sign is not None and jnp.iscomplexobj(result[0]):
-        # only the sign's phase can change
-        scale = scale - 1j * (sign.conj() * result[0]).imag
-    return (_inverse_adjoint(args[0], scale),)
-
-
-@lowering(aten.linalg_det.default, whole=True, backward=_det_backward, saves_result=True)
-def linalg_det_whole(A):
-    """Determinant; whole, since torch's own gradient asks for the strides that the factors were made from."""
-    return _det(A)[0]
-
-
-@lowering(aten.linalg_slogdet.default, whole=True, backward=_slogdet_backward, saves_result=True)
-def linalg_slogdet_whole(A):
-    """Sign and logarithm of the determinant; whole for the reason of `linalg_det_whole`."""
-    return _slogdet(A)[:2]
+    sign = jnp.sign(diagonal).prod(-1) * _swaps(pivots).astype(A.dtype)
+    return sign, jnp.log(jnp.abs(diagonal)).sum(-1), lu, pivots
