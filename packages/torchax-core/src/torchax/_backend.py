@@ -20,9 +20,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from . import _accelerator, _core_ops, _loading, _uninitialized, amp, convert, device
 from ._dispatch import RULES
-from ._lower import is_composite_implicit
 from ._registry import REGISTRY
-from ._twins import functional_twin
 from ._whole import whole_kernel, whole_out_kernel
 from .tensor import OWN, Tensor
 
@@ -44,6 +42,7 @@ def install() -> None:
     torch.jax = device  # type: ignore[attr-defined]
     _libraries.extend(torch.library.Library("aten", "IMPL", key) for key in _KEYS)
     _autograd = torch.library.Library("aten", "IMPL", "AutogradLazy")
+    _register_composite_outs()
     for name in _CORE_FACTORIES:
         _register_factory(name)
     _libraries[1].impl("_efficientzerotensor", _efficient_zeros)
@@ -78,19 +77,21 @@ def register_kernels() -> None:
             _registered.add(entry.op)
             if _autograd is not None and entry.op.startswith("aten::"):
                 _autograd.impl(entry.op.removeprefix("aten::"), whole_kernel(_overload(entry.op)))
-                _register_out_of(entry.op)
         elif entry.kind in ("functional", "stateful", "dynamic"):
             _register_if_factory(entry.op)
 
 
-def _register_out_of(name: str) -> None:
-    """The ``out=`` form of a whole op, where torch would take it apart: its parts ask whether views share C++ storage."""
-    out = f"{name.partition('.')[0]}.out"
-    if _autograd is not None and out not in _registered and _exists(out):
-        op = _overload(out)
-        if is_composite_implicit(op) and functional_twin(op) is _overload(name):
-            _registered.add(out)
-            _autograd.impl(out.removeprefix("aten::"), whole_out_kernel(op))
+def _register_composite_outs() -> None:
+    """Kernels for the ``out=`` forms that torch would take apart; see `whole_out_kernel`."""
+    assert _autograd is not None
+    for schema in torch._C._jit_get_all_schemas():
+        name = f"{schema.name}.{schema.overload_name}"
+        if (
+            schema.name.startswith("aten::")
+            and any(a.is_out for a in schema.arguments)
+            and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+        ):
+            _autograd.impl(name.removeprefix("aten::"), whole_out_kernel(name, _overload))
 
 
 def _overload(name: str) -> Any:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from torch._prims_common import suggest_memory_format
 
 from . import convert, errors
 from ._execute import Program, state
@@ -194,6 +195,17 @@ def resize_rule(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     if size != t._m.shape or (memory_format is not None and strides != t._m.strides):
         resize(t, size, strides)
     return t
+
+
+@core_rule("aten::resize_as_")
+def resize_as(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """`resize_` to the size of another tensor, which lends its strides only for ``memory_format=torch.preserve_format``."""
+    t, like = args
+    memory_format = kwargs.get("memory_format")
+    resize_rule((t, like.shape), {})
+    if memory_format is torch.preserve_format:
+        memory_format = suggest_memory_format(like)
+    return t if memory_format is None else resize_rule((t, like.shape), {"memory_format": memory_format})
 
 
 def resize(t: Tensor, size: tuple[int, ...], strides: tuple[int, ...]) -> None:

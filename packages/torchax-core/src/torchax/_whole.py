@@ -14,11 +14,13 @@ import jax
 import numpy as np
 import torch
 from torch._C._functorch import peek_interpreter_stack
+from torch.utils._pytree import tree_flatten
 
 from ._dispatch import RULES
 from ._execute import Program, state
 from ._precision import products
 from ._signature import place
+from ._twins import functional_twin
 from .tensor import Tensor, wrap
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -54,21 +56,34 @@ def whole_kernel(op: Any) -> Callable[..., Any]:
     return kernel
 
 
-def whole_out_kernel(op: Any) -> Callable[..., Any]:
-    """The kernel for the ``out=`` form of a whole op."""
-    outs = [a.name for a in op._schema.arguments if a.is_out]
+def whole_out_kernel(name: str, overload: Callable[[str], Any]) -> Callable[..., Any]:
+    """The kernel for the composite ``out=`` form `name`: its functional op is run, and the results written.
+
+    Torch would take it apart. But parts ask whether views share C++ storage, and some do not write `out` if it is
+    a tensor of a subclass.
+
+    Args:
+        name: qualified name of the overload.
+        overload: what finds the op by its name, which is not done before the first call.
+    """
+    found: list[Any] = []
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        needs = any(isinstance(t, torch.Tensor) and t.requires_grad for t in (*args, *kwargs.values()))
-        if (
-            peek_interpreter_stack() is not None
-            or _forward_ad._current_level >= 0
-            or (needs and torch.is_grad_enabled())
-        ):  # torch says what it thinks of gradients there
+        if not found:
+            op = overload(name)
+            found.extend((op, functional_twin(op), [a.name for a in op._schema.arguments if a.is_out]))
+        op, twin, outs = found
+        if twin is None or peek_interpreter_stack() is not None or _forward_ad._current_level >= 0:
             return op._op_dk(_COMPOSITE, *args, **kwargs)
+        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            results = twin(*args, **{k: v for k, v in kwargs.items() if k not in outs})
+            targets = [kwargs[name] for name in outs]
+            if any(t.requires_grad for t in tree_flatten((results, targets))[0]):  # torch says what it thinks of that
+                return op._op_dk(_COMPOSITE, *args, **kwargs)
         with torch._C._AutoDispatchBelowAutograd():
             result = RULES[op](args, kwargs)
-        torch.autograd.graph.increment_version([kwargs[name] for name in outs])
+        torch.autograd.graph.increment_version([t for n in outs if not (t := kwargs[n]).is_inference()])
         return result
 
     return kernel
