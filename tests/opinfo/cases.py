@@ -46,7 +46,7 @@ def _names(text: str) -> frozenset[str]:
 # results are drawn at random whatever the arguments are: compared by shape and dtype
 RANDOM = _names("""
     bernoulli cauchy exponential geometric log_normal multinomial normal normal.in_place normal.number_mean
-    rand_like randint randint_like randn randn_like uniform
+    pca_lowrank rand_like randint randint_like randn randn_like svd_lowrank uniform
     nn.functional.alpha_dropout nn.functional.dropout nn.functional.dropout2d nn.functional.dropout3d
     nn.functional.feature_alpha_dropout.with_train nn.functional.fractional_max_pool2d
     nn.functional.fractional_max_pool3d
@@ -57,8 +57,8 @@ UNINITIALISED = _names("""
 """)
 # the shape of the result, or what Python does next, depends on values
 DATA_DEPENDENT = _names("""
-    __getitem__ allclose argwhere bincount combinations corrcoef equal histogramdd item linalg.lstsq
-    linalg.lstsq.grad_oriented masked_select masked.median nn.functional.ctc_loss nn.functional.one_hot nonzero
+    __getitem__ allclose argwhere bincount combinations corrcoef cov equal histogramdd item linalg.lstsq
+    linalg.lstsq.grad_oriented masked_select masked.median nn.functional.ctc_loss nn.functional.gaussian_nll_loss nn.functional.one_hot nonzero
     repeat_interleave to_sparse unique unique_consecutive
 """)
 
@@ -89,8 +89,6 @@ def is_random(op: Any, sample: Any, form: str) -> bool:
         return kwargs["dropout_p"] > 0
     if op.name == "nn.functional.rrelu":
         return bool(kwargs.get("training", False))
-    if op.name in ("svd_lowrank", "pca_lowrank"):
-        return form != "forward"  # which compares what does not depend on the draw, see compare.INVARIANTS
     return op.name == "nn.functional.multi_head_attention_forward"
 
 

@@ -220,10 +220,6 @@ def _qr(result: Any, sample: Sample) -> Any:
     return q @ r, r.abs(), q.mH @ q
 
 
-def _low_rank(result: Any, sample: Sample) -> Any:
-    return (result[1],)
-
-
 def _picked(where: int) -> Callable[[Any, Sample], Any]:
     """Any of several equal elements may be named by its index; `where` is the position of ``dim`` in the arguments."""
 
@@ -239,6 +235,19 @@ def _picked(where: int) -> Callable[[Any, Sample], Any]:
     return unique
 
 
+def _sorted(result: Any, sample: Sample) -> Any:
+    """Unless asked to be stable, equal elements may come in any order."""
+    if sample.kwargs.get("stable"):
+        return result
+    indices = result if isinstance(result, torch.Tensor) else result[1]
+    dim = sample.kwargs.get("dim", next((a for a in sample.args if type(a) is int), -1))
+    x = sample.input.detach()
+    picked = x.gather(dim, indices) if x.dim() else x
+    if isinstance(result, torch.Tensor):
+        return picked, torch.zeros_like(indices)
+    return result[0], torch.zeros_like(indices), picked
+
+
 INVARIANTS: dict[str, Callable[[Any, Sample], Any]] = {
     "svd": _svd,
     "linalg.svd": _linalg_svd,
@@ -246,13 +255,14 @@ INVARIANTS: dict[str, Callable[[Any, Sample], Any]] = {
     "linalg.eig": _eig,
     "linalg.qr": _qr,
     "qr": _qr,
+    "sort": _sorted,
+    "argsort": _sorted,
+    "svd_lowrank": lambda result, sample: list(result),  # drawn; without the strides, which are those of a product
     "kthvalue": _picked(1),
     "topk": _picked(1),
     "median": _picked(0),
     "nanmedian": _picked(0),
     "mode": _picked(0),
-    "svd_lowrank": _low_rank,
-    "pca_lowrank": _low_rank,
 }
 
 

@@ -169,7 +169,12 @@ def _batched(op: Any, sample: Sample) -> Any:
         return call(op, sample.with_tensors(list(tensors)))
 
     stacked = [torch.stack([t, t * 0.5 if t.is_floating_point() else t]) for t in tensors]
-    return torch.vmap(fn, randomness="different")(*stacked)
+    try:
+        return torch.vmap(fn, randomness="different")(*stacked)
+    except AttributeError as error:
+        if "_lazy" not in str(error):
+            raise
+        raise Inapplicable("OpInfo's wrapper, which sets a seed, takes batched tensors for lazy ones") from None
 
 
 def nothing(op: Any, sample: Sample) -> Any:

@@ -22,9 +22,46 @@ class Known(NamedTuple):
 
 _SPARSE = "sparse layouts: JAX arrays are dense"
 
+_COMPLEX32 = "complex32 has no counterpart in JAX"
+_STATISTICS = "the statistics saved for 16-bit inputs are float32, as on other accelerators; CPU torch rounds them"
+_FIXED_POINT = "CPU torch interpolates uint8 in fixed point; here it is float32, rounded once, off by one at most steps"
+_LSTSQ = "values agree; CPU's strides are those of a window of LAPACK's padded buffer"
+_EIG = "JAX computes no general eigenvalues on TPU"
+_HOST = "LAPACK on the host: XLA has no such factorization"
+_STORAGE = "a compiled function is given the values of a view, not the storage behind it"
+_HALVES = ("bfloat16", "float16")
+
 KNOWN: tuple[Known, ...] = (
     Known("to_sparse", _SPARSE),
-    Known("chalf", "complex32 has no counterpart in JAX"),
+    Known("chalf", _COMPLEX32),
+    Known("complex", _COMPLEX32, ("forward", "out", "noncontiguous", "jit", "vmap"), ("float16",)),
+    Known("view_as_complex", _COMPLEX32, ("forward", "view", "jit", "vmap"), ("float16",)),
+    *(
+        Known(op, _STATISTICS, ("forward", "noncontiguous", "jit", "vmap"), _HALVES)
+        for op in ("native_layer_norm", "native_batch_norm", "_native_batch_norm_legit")
+    ),
+    Known("_batch_norm_with_update", _STATISTICS, ("forward", "noncontiguous", "jit"), _HALVES),
+    *(
+        Known(op, _FIXED_POINT, ("forward", "noncontiguous", "jit", "vmap"), ("uint8",))
+        for op in (
+            "nn.functional.interpolate.bilinear",
+            "nn.functional.interpolate.bicubic",
+            "nn.functional.upsample_bilinear",
+            "_upsample_bilinear2d_aa",
+        )
+    ),
+    Known("gather", "out= overlaps the index only once it is resized, which happens after the check here", ("errors",)),
+    Known("linalg.lstsq*", _LSTSQ, ("forward", "noncontiguous")),
+    Known("linalg.ldl_*", _HOST, ("jit", "tpu")),
+    Known("linalg.eig", _EIG, ("tpu",), ("float32",)),
+    Known("linalg.eigvals", _EIG, ("tpu",), ("float32",)),
+    Known(
+        "narrow",
+        "a start given as a tensor is read on the host by torch itself; slice or index with it",
+        ("jit", "tpu"),
+    ),
+    Known("as_strided.partial_views", _STORAGE, ("jit", "tpu")),
+    Known("as_strided.partial_views", "torch asserts in its own bookkeeping of dual views", ("forward_ad",)),
 )
 
 

@@ -26,6 +26,7 @@ if __package__ in (None, ""):  # started as a script
 
 import jax
 import torch
+import torch.utils._pytree as pytree
 import torchax  # noqa: F401  (makes the device)
 
 from opinfo import cases, compare, forms, known, mutation, samples
@@ -163,11 +164,11 @@ def run_sample(case: Case, sample: Sample) -> None:
 
 def _run_values(op: Any, form: forms.ValueForm, name: str, sample: Sample, same: Any) -> None:
     sample = form.prepare(sample)
-    unique = (
-        (lambda result, s: compare.invariant(op, result, s))
-        if form.layout or name in ("jit", "conj_neg")
-        else (lambda result, s: result)
-    )
+    unique = lambda result, s: result
+    if form.layout or name in ("jit", "conj_neg"):
+        unique = lambda result, s: compare.invariant(op, result, s)
+    elif name == "vmap" and op.full_name in compare.INVARIANTS:  # of the batch, the example that is the sample
+        unique = lambda result, s: compare.invariant(op, pytree.tree_map(lambda t: t[0], result), s)
     here = samples.fresh(sample)
     want = mutation.attempt(lambda: form.cpu(op, here))
     if want.error is not None and name != "forward":

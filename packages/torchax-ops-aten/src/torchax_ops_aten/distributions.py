@@ -12,6 +12,8 @@ from ._index import is_half, opmath
 @stateful(aten.multinomial.default, random=True, checks=True)
 def multinomial(x, num_samples, replacement=False, *, key):
     """Categories drawn with the weights in the rows of `x`; without replacement the order is that of the draws."""
+    if num_samples <= 0:
+        raise RuntimeError(f"cannot sample n_sample <= 0 samples; got {num_samples}")
     weights = x.astype(opmath(x.dtype))
     bad = ~((weights >= 0) & (weights < jnp.inf))
     raise_if(bad, RuntimeError, "probability tensor contains either `inf`, `nan` or element < 0")

@@ -324,6 +324,17 @@ def one_hot(x, num_classes=-1):
     return (x[..., None] == jnp.arange(num_classes)).astype(jnp.int32)
 
 
+@lowering(aten.embedding_renorm.default, checks=True)
+def embedding_renorm(weight, indices, max_norm, norm_type):
+    """`weight` with the rows that `indices` names scaled to at most `max_norm`."""
+    check_range(indices, weight.shape[0], message="index out of range in self")
+    at = narrow(indices.reshape(-1), weight.shape[0])
+    rows = jnp.take(weight, at, 0, mode="clip").astype(opmath(weight.dtype))
+    norms = jnp.linalg.vector_norm(rows, ord=norm_type, axis=1, keepdims=True)
+    rows = jnp.where(norms > max_norm, rows * (max_norm / (norms + 1e-7)), rows)
+    return weight.at[at].set(rows.astype(weight.dtype), mode="drop", wrap_negative_indices=False)
+
+
 @lowering(aten.embedding_dense_backward.default)
 def embedding_dense_backward(grad_output, indices, num_weights, padding_idx, scale_grad_by_freq):
     """Gradient of ``embedding`` for its weight; the row of `padding_idx` gets none."""
