@@ -56,7 +56,11 @@ class Traced:
         cached = self._views.get(key)
         if cached is None or cached[0] is not base:
             value = view.chain.read.fn(base, *view.positions)
-            cached = self._views[key] = (base, value, view.positions)  # positions may be traced: kept, so that their ids are
+            cached = self._views[key] = (
+                base,
+                value,
+                view.positions,
+            )  # positions may be traced: kept, so that their ids are
         return cached[1]
 
     def write(self, tensor: Tensor, value: Any) -> None:
