@@ -390,3 +390,9 @@ def test_the_jax_side_of_a_tensor(jax_devices):
     assert y.jax().sharding == sharded and (y + 1).sum() == 10
     with pytest.raises(TypeError, match=r"torch\.tensor"):
         torchax.tensor.Tensor([1, 2])
+
+
+def test_factories_inside_vmap_make_jax_tensors():
+    x = torch.randn(3, 2)
+    result = torch.vmap(lambda t: t + torch.ones(2, device=t.device))(x.to("jax"))
+    assert_same(result, x + 1)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
+import numpy as np
 import torch
+from torchax.interop import jax_view
 from torchax_tools.bench import __main__ as bench
-from torchax_tools.bench import measure, models
+from torchax_tools.bench import families, measure, models
 
 
 def test_ratio_and_failure() -> None:
@@ -17,6 +20,18 @@ def test_ratio_and_failure() -> None:
     assert broken.value is None and broken.error.startswith("ZeroDivisionError")
     table = bench.report([row, broken])
     assert table.row_count == 2
+
+
+def test_families_compute_the_same() -> None:
+    for name, ours, theirs, values in families._cases():
+        arrays = [jnp.asarray(v) for v in values]
+        torch.testing.assert_close(
+            torch.from_numpy(np.array(jax_view(ours)(*arrays))),
+            torch.from_numpy(np.array(theirs(*arrays))),
+            rtol=1e-3,
+            atol=2e-3,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def test_models_are_what_they_say() -> None:

@@ -16,11 +16,11 @@ from rich.table import Table
 
 from .measure import Row, failed
 
-GROUPS = ("import", "ops", "linear", "threads", "train", "gpt", "cold")
+GROUPS = ("import", "ops", "linear", "threads", "train", "families", "gpt", "cold")
 
 
 def _group(name: str) -> Callable[[], Iterator[Row]]:
-    from . import gpt, ops, startup, train
+    from . import families, gpt, ops, startup, train
 
     return {
         "import": startup.imports,
@@ -28,6 +28,7 @@ def _group(name: str) -> Callable[[], Iterator[Row]]:
         "linear": ops.linear,
         "threads": ops.threads,
         "train": train.train,
+        "families": families.families,
         "gpt": gpt.gpt,
         "cold": startup.cold,
     }[name]
