@@ -26,6 +26,7 @@ _COMPLEX32 = "complex32 has no counterpart in JAX"
 _STATISTICS = "the statistics saved for 16-bit inputs are float32, as on other accelerators; CPU torch rounds them"
 _FIXED_POINT = "CPU torch interpolates uint8 in fixed point; here it is float32, rounded once, off by one at most steps"
 _LSTSQ = "values agree; CPU's strides are those of a window of LAPACK's padded buffer"
+_TIES = "equal elements may come in any order, and the gradients with them; in 16 bits there are many"
 _EIG = "JAX computes no general eigenvalues on TPU"
 _HOST = "LAPACK on the host: XLA has no such factorization"
 _STORAGE = "a compiled function is given the values of a view, not the storage behind it"
@@ -34,8 +35,10 @@ _HALVES = ("bfloat16", "float16")
 KNOWN: tuple[Known, ...] = (
     Known("to_sparse", _SPARSE),
     Known("chalf", _COMPLEX32),
-    Known("complex", _COMPLEX32, ("forward", "out", "noncontiguous", "jit", "vmap"), ("float16",)),
-    Known("view_as_complex", _COMPLEX32, ("forward", "view", "jit", "vmap"), ("float16",)),
+    Known("complex", _COMPLEX32, ("forward", "out", "noncontiguous", "grad", "jit", "vmap"), ("float16",)),
+    Known("view_as_complex", _COMPLEX32, ("forward", "view", "grad", "jit", "vmap"), ("float16",)),
+    Known("sort", _TIES, ("grad",), _HALVES),
+    Known("msort", _TIES, ("grad",), _HALVES),
     *(
         Known(op, _STATISTICS, ("forward", "noncontiguous", "jit", "vmap"), _HALVES)
         for op in ("native_layer_norm", "native_batch_norm", "_native_batch_norm_legit")
