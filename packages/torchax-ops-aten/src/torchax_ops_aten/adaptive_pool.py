@@ -152,7 +152,7 @@ def _fractional_max(x, kernel, output_size, samples, columns):
     """Maxima over random windows and their indices; `columns[i]` is the column of `samples` for dimension i."""
     rank = len(kernel)
     batched = x if x.ndim == rank + 2 else x[None]
-    samples = samples if x.ndim == rank + 2 else samples.reshape(1, *samples.shape[-2:])
+    samples = samples if x.ndim == rank + 2 else samples.reshape(-1, *samples.shape[-2:])[:1]
     lead, spatial = batched.shape[:2], batched.shape[2:]
     if not x.size:
         shape = (*x.shape[: x.ndim - rank], *output_size)
