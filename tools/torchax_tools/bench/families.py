@@ -59,7 +59,7 @@ def _cases() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any], list
     yield "scans: cumsum", lambda x: x.cumsum(0), lambda x: jnp.cumsum(x, 0), [big]
     yield "shape: cat", lambda x, y: torch.cat([x, y], 1), lambda x, y: jnp.concatenate([x, y], 1), [big, big]
     yield "views: write a slice", _slice_torch, lambda x: x.at[:, 10:500].add(1), [big]
-    yield "indexing: x[i]", lambda x, i: x[i], lambda x, i: x[i], [big, rows]
+    yield "indexing: rows by index", lambda x, i: x[i], lambda x, i: x[i], [big, rows]
     yield (
         "indexing: index_add",
         lambda x, i, y: x.index_add(0, i, y),
