@@ -126,7 +126,7 @@ def dtypes_of(op: Any, form: str) -> list[torch.dtype | None]:
         "gradgrad": (torch.float64, torch.complex128),
         "forward_ad": (torch.float64,),
         "conj_neg": (torch.complex64, torch.complex128, *((torch.float64,) if op.test_neg_view else ())),
-        "tpu": (torch.float32, torch.int64),
+        "tpu": (torch.float32, torch.bfloat16, torch.int64),
     }
     return [d for d in DTYPES if d in claimed and d in restricted.get(form, DTYPES)]
 

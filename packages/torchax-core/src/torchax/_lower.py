@@ -119,14 +119,19 @@ def _promotion(func: Any, entry: Lowering, args: tuple[Any, ...], kwargs: dict[s
     if not any(isinstance(x, torch.Tensor) for x in flat):
         return None
     compute, _ = elementwise_dtypes(*flat, type_promotion_kind=_KINDS[entry.promote])
+    if compute is torch.complex32:  # a comparison of float16 and complex: the only such op whose result JAX can hold
+        return _promoter(positions, keywords, lambda x: _rounded_to_half(_promoted(x, np.dtype(np.complex64))))
     dtype = dtypes.to_jax(compute)
+    return _promoter(positions, keywords, lambda x: _promoted(x, dtype))
 
+
+def _promoter(positions: list[int], keywords: list[str], convert_one: Callable[[Any], Any]) -> Callable[..., Any]:
     def promote(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         new = list(args)
         for i in positions:
-            new[i] = _promoted(args[i], dtype)
+            new[i] = convert_one(args[i])
         if keywords:
-            kwargs = {k: _promoted(v, dtype) if k in keywords else v for k, v in kwargs.items()}
+            kwargs = {k: convert_one(v) if k in keywords else v for k, v in kwargs.items()}
         return tuple(new), kwargs
 
     return promote
@@ -149,6 +154,13 @@ def _promoted(x: Any, dtype: np.dtype) -> Any:
         fits = dtype.kind == "b" or np.iinfo(dtype).min <= x.real <= np.iinfo(dtype).max
         return x if fits else np.asarray(x).astype(dtype)
     return convert.cast(jnp.asarray(x), dtype) if x.dtype != dtype else x
+
+
+def _rounded_to_half(x: Any) -> Any:
+    """The values that complex32 has for complex64 ones, as complex64."""
+    x = jnp.asarray(x, np.complex64)
+    parts = (p.astype(np.float16).astype(np.float32) for p in (jnp.real(x), jnp.imag(x)))
+    return jax.lax.complex(*parts)
 
 
 # ---------------------------------------------------------------------- decompositions
