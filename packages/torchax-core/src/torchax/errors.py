@@ -17,6 +17,10 @@ class TracerEscaped(TorchaxError, RuntimeError):
     """A value that is known only while a function is traced was asked for outside of it, or as a number."""
 
 
+class Retraced(TorchaxError, RuntimeError):
+    """A compiled function needs another recording, and was told to refuse that (``on_retrace="error"``)."""
+
+
 class UnsupportedDtype(TorchaxError, TypeError):
     """JAX and torch have no common type for the values."""
 

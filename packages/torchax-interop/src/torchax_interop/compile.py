@@ -6,55 +6,92 @@ import copy
 import functools
 import inspect
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import torch
+from torchax import errors
 from torchax._execute import state
+from torchax._execute._where import user_line
 from torchax.tensor import Tensor
 
+from ._buckets import Buckets
 from ._enter import under_jax
 from ._groups import Options
+from ._keys import Key, differences, key_of_call
 from ._program import Program, assemble
 from ._recorder import record
 from ._tree import broadcast_prefix, flatten
 
 _LIMIT = 16  # programs kept for one signature; the world around changes more often than that: the oldest goes
+_REASONS = 100  # that `cache_info` remembers
 
 
 class CacheInfo(NamedTuple):
-    """What `Compiled.cache_info` gives: calls served by a program, recordings made, programs held."""
+    """What `Compiled.cache_info` gives.
+
+    Attributes:
+        hits: calls served by a program.
+        misses: recordings made.
+        programs: programs held.
+        reasons: for every recording after the first, what was different, in words (the last 100).
+    """
 
     hits: int
     misses: int
     programs: int
+    reasons: tuple[str, ...] = ()
 
 
 class Compiled:
-    """A function that is recorded once per signature and runs as one XLA program; made by `compile` and `jax_jit`."""
+    """A function that is recorded once per signature and runs as one XLA program; made by `compile` and `jax_jit`.
+
+    Attributes:
+        on_retrace: what happens when a call needs another recording: ``"ignore"``, ``"warn"`` or ``"error"``.
+    """
 
     def __init__(self, fn: Callable[..., Any], **options: Any):
         if not callable(fn):
             raise TypeError(f"torchax.compile takes a function or a module; got {type(fn).__name__}")
         self.fn = fn
+        self.on_retrace = options.pop("on_retrace", "ignore")
+        dynamic = options.pop("dynamic", None)
+        self._buckets = None if dynamic is None else Buckets(fn, dynamic)
         self._jit = _JitOptions(fn, options)
-        self._cache: dict[Any, list[Program]] = {}
-        self._once: dict[Any, int] = {}
+        self._cache: dict[Key, list[Program]] = {}
+        self._once: set[Key] = set()
+        self._keys: dict[Key, None] = {}  # of recordings, the latest last
+        self._reasons: list[str] = []
         self._known: dict[int, Tensor] = {}
         self._lock = threading.RLock()
         self._hits = self._misses = 0
         if hasattr(fn, "__name__"):
             functools.update_wrapper(self, fn)
 
+    @property
+    def on_retrace(self) -> str:
+        return self._on_retrace
+
+    @on_retrace.setter
+    def on_retrace(self, value: str) -> None:
+        if value not in ("ignore", "warn", "error"):
+            raise ValueError(f'on_retrace is "ignore", "warn" or "error"; got {value!r}')
+        self._on_retrace = value
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if state.executor.owner is not None or under_jax():
             return self.fn(*args, **kwargs)  # part of what is being traced already
+        if self._buckets is not None:
+            return self._buckets.call(self._call, args, kwargs)
+        return self._call(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         leaves: list[Any] = []
         objects: list[Any] = []
         spec = flatten((args, kwargs), leaves, None, objects)
-        key = (spec, *_mode(), *[_key_of(x) for x in leaves], *_aliases(leaves))
+        key = key_of_call(spec, leaves)
         with self._lock:
             programs = self._cache.get(key)
             if programs is not None:
@@ -62,7 +99,11 @@ class Compiled:
                     if program.misfit(leaves) is None:
                         self._hits += 1
                         return assemble(program, program.execute(leaves), objects)
+            if self._misses:
+                self._explain(key, leaves)
             self._misses += 1
+            self._keys.pop(key, None)
+            self._keys[key] = None
             program, results = record(
                 self.fn, leaves, spec, self._jit.options(args, kwargs, spec), list(self._known.values())
             )
@@ -70,91 +111,56 @@ class Compiled:
             self._keep(key, program)
             return assemble(program, results, objects)
 
-    def _keep(self, key: Any, program: Program) -> None:
+    def _keep(self, key: Key, program: Program) -> None:
         # a first call that leaves new tensors behind (an optimizer's state, a cached mask) is not like those that follow
-        if not program.settled and self._once.setdefault(key, 0) < 1:
-            self._once[key] += 1
+        if not program.settled and key not in self._once:
+            self._once.add(key)
             return
         programs = self._cache.setdefault(key, [])
         programs.insert(0, program)
         del programs[_LIMIT:]
 
+    def _explain(self, key: Key, leaves: list[Any]) -> None:
+        """Note why there is another recording; warn or refuse, as was asked."""
+        programs = self._cache.get(key)
+        expected = False
+        if programs:
+            reason = programs[0].misfit(leaves) or "something that it depends on has changed"
+        elif key in self._once:
+            expected = True
+            reason = (
+                "the first call made tensors that stay (an optimizer's state, a cache): recorded once more with them"
+            )
+        elif key in self._keys:
+            reason = "the last recording with these arguments raised an exception"
+            expected = True
+        else:
+            nearest = min(reversed(self._keys), key=lambda old: (old[0] != key[0], len(differences(old, key))))
+            reason = "; ".join(differences(nearest, key))
+        if not expected and self._on_retrace != "ignore":
+            name = getattr(self.fn, "__qualname__", type(self.fn).__name__)
+            message = f"{name} is recorded and compiled again{user_line()}: {reason}"
+            if self._on_retrace == "error":
+                raise errors.Retraced(f'{message}. on_retrace="error" forbids that')
+            warnings.warn(message, UserWarning, stacklevel=3)
+        self._reasons.append(reason)
+        del self._reasons[:-_REASONS]
+
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
 
     def cache_info(self) -> CacheInfo:
-        """How often it was recorded, and how often a program was found."""
-        return CacheInfo(self._hits, self._misses, sum(map(len, self._cache.values())))
+        """How often it was recorded and why, and how often a program was found."""
+        return CacheInfo(self._hits, self._misses, sum(map(len, self._cache.values())), tuple(self._reasons))
 
     def cache_clear(self) -> None:
         """Forget all programs."""
         with self._lock:
             self._cache.clear()
             self._once.clear()
+            self._keys.clear()
+            self._reasons.clear()
             self._hits = self._misses = 0
-
-
-# ---------------------------------------------------------------------- keys
-_STATIC = (int, float, bool, str, type(None), complex, bytes, torch.dtype, torch.device)
-
-
-class _Identity:
-    """An object as part of a key: the same only as itself."""
-
-    __slots__ = ("x",)
-
-    def __init__(self, x: Any):
-        self.x = x
-
-    def __hash__(self) -> int:
-        return id(self.x)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and other.x is self.x
-
-
-def _key_of(x: Any) -> Any:
-    kind = type(x)
-    if kind is Tensor:
-        return (x._m, x.is_leaf) if x.requires_grad else x._m
-    if kind in _STATIC:
-        return kind, x
-    if isinstance(x, torch.Tensor):
-        return "cpu", tuple(x.shape), x.dtype, x.requires_grad, x.device
-    if isinstance(x, jax.Array):
-        return "array", x.aval
-    if isinstance(x, np.ndarray):
-        return "numpy", x.shape, x.dtype, x.tobytes() if x.dtype != object else _Identity(x)
-    try:
-        hash(x)
-    except TypeError:
-        return _Identity(x)
-    return kind, x
-
-
-def _mode() -> tuple[Any, ...]:
-    autocast = torch.get_autocast_dtype("jax") if torch.is_autocast_enabled("jax") else None
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        autocast,
-        torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
-    )
-
-
-def _aliases(leaves: list[Any]) -> tuple[Any, ...]:
-    """Which tensors among the arguments share memory, and how they view it."""
-    storages = [x._s for x in leaves if type(x) is Tensor]
-    if len(set(storages)) == len(storages):
-        return ()
-    place: dict[Any, int] = {}
-    views = []
-    for x in leaves:
-        if type(x) is Tensor:
-            views.append((place.setdefault(x._s, len(place)), None if x._v is None else (x._v.chain, x._v.positions)))
-    geometry = tuple(s.geometry for s in place)
-    return geometry, tuple(views)
 
 
 # ---------------------------------------------------------------------- options of jax.jit
@@ -170,7 +176,8 @@ class _JitOptions:
         known = {"keep_unused", "device", "backend", "inline", "compiler_options"}
         if unknown := set(options) - known:
             raise TypeError(
-                f"unknown option(s) {', '.join(sorted(unknown))}; jax.jit's options and donate_state are taken"
+                f"unknown option(s) {', '.join(sorted(unknown))}; on_retrace, dynamic, donate_state and jax.jit's options are "
+                "taken"
             )
         self.rest = options
 
@@ -235,8 +242,11 @@ def compile(fn: Any = None, **options: Any) -> Any:
 
     Args:
         fn: the function or `torch.nn.Module`; None gives a decorator.
-        options: ``donate_state=False`` keeps the old buffers of what is written alive; further ones as for `jax.jit`
-            (``donate_argnums``, ``in_shardings``, ...), in terms of the function's own arguments.
+        options: ``on_retrace="warn"`` or ``"error"`` says or refuses when a call needs another recording, and why (see also
+            `Compiled.cache_info`). ``dynamic={0: (32, 64, 128)}`` pads tensors among the arguments with zeros to the next of
+            these sizes in dimension 0, and cuts the results (see docs/compile.md). ``donate_state=False`` keeps the old
+            buffers of what is written alive; further ones as for `jax.jit` (``donate_argnums``, ``in_shardings``, ...), in
+            terms of the function's own arguments.
 
     Returns:
         A `Compiled`; for a module, a module of the same class that shares everything with it.
@@ -244,6 +254,8 @@ def compile(fn: Any = None, **options: Any) -> Any:
     Raises:
         TracerEscaped: (when called) the function asks for the value of a tensor, as ``if x > 0`` and ``.item()`` do.
         DataDependentShape: (when called) the shape of a result depends on values.
+        Retraced: (when called) ``on_retrace="error"``, and no program serves the call.
+        ValueError: (when called) a dimension is larger than its largest bucket.
     """
     if fn is None:
         return functools.partial(compile, **options)
