@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 import warnings
 
+import jax
 import jax.numpy as jnp
 import pytest
 import torch
@@ -163,6 +164,22 @@ def test_a_custom_op_of_torch_library_is_lowered_and_differentiable(load):
     y = cube(x)
     y.sum().backward()
     assert y.tolist() == [8, 27] and x.grad.tolist() == [12, 27] and cube(torch.ones(1)).item() == 1
+
+
+def test_jax_differentiates_a_lowering_by_its_grad(ops, load):
+    def fn(x, by=1.0):  # a while loop has no reverse derivative in JAX
+        return jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, s[1] * x + by), (0, x))[1]
+
+    def grad(cotangent, args, result, needs):
+        x, by = args
+        assert needs == (True,) and result.shape == x.shape
+        return (cotangent * (4 * x**3 + by * (2 * x + 1)),)
+
+    load("loops", Lowering(op=MISSING_OP, fn=fn, grad=grad))
+    f = torchax.interop.jax_view(lambda x: ops.shifted(x, 2.0).sum())
+    x = jnp.asarray([2.0, 3.0])
+    assert float(f(x)) == 4 * 4 + 2 * (4 + 2 + 1) + 81 + 2 * (9 + 3 + 1)
+    assert jax.jit(jax.grad(f))(x).tolist() == [32 + 2 * 5, 108 + 2 * 7]
 
 
 # Broken plugins ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from . import convert, dtypes, errors
 from ._execute import executing, state
 from ._execute.traced import ImpureTrace, Traced
+from ._gradient import with_gradient
 from ._missing import missing, not_found
 from ._precision import products
 from ._registry import Lowering
@@ -54,6 +55,8 @@ def lowered(func: Any, entry: Lowering, args: tuple[Any, ...], kwargs: dict[str,
         fn = functools.partial(
             fn, row_major=frozenset(s.name for a, s in named if type(a) is Tensor and a._m.contiguous)
         )
+    if entry.grad is not None:
+        fn = with_gradient(fn, entry.grad, func)
     promotion = _promotion(func, entry, args, kwargs)
 
     def apply(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -46,6 +46,9 @@ class Lowering:
         whole: a composite op that is kept whole before autograd.
         backward: for a whole op, its backward; None derives it with `jax.vjp`.
         saves_result: whether `backward` is given the result, which then may not be overwritten before it; None if not.
+        grad: how JAX differentiates `fn` where it cannot by itself (a Pallas kernel, a loop) or should not:
+            ``grad(cotangents, args, result, needs)`` gives the cotangents of the tensor arguments, None where not needed.
+            `jax.grad` over a torch function uses it; torch's autograd has its own formulas, or `backward`.
         random: `fn` takes a keyword ``key``, a fresh PRNG key.
         writes: names of arguments whose new values `fn` returns after the results.
         products: `fn` multiplies matrices; `torch.set_float32_matmul_precision` decides their precision.
@@ -79,6 +82,7 @@ class Lowering:
     whole: bool = False
     backward: Callable[..., Any] | None = None
     saves_result: bool = False
+    grad: Callable[..., Any] | None = None
     random: bool = False
     writes: tuple[str, ...] = ()
     checks: bool = False
