@@ -48,16 +48,12 @@ def _to_current(op: Any) -> Any:
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args and type(args[0]) is torch.device:
-            args = (_indexed(args[0]), *args[1:])
+            args = (device.with_index(args[0]), *args[1:])
         elif kwargs.get("device") is not None:
-            kwargs["device"] = _indexed(kwargs["device"])
+            kwargs["device"] = device.with_index(kwargs["device"])
         return op._op_dk(composite, self, *args, **kwargs)
 
     return to
-
-
-def _indexed(target: torch.device) -> torch.device:
-    return torch.device("jax", device.current_device()) if target.type == "jax" and target.index is None else target
 
 
 def _answering(ours: Any, theirs: Any) -> Any:

@@ -15,7 +15,7 @@ from torch._prims_common import suggest_memory_format
 from . import convert, errors
 from ._execute import Program, state
 from ._overlap import relation, repeats, shared_memory
-from ._storage import TensorMeta, contiguous_strides, dense_meta, grow, meta_of, physical_order
+from ._storage import TensorMeta, contiguous_strides, dense_meta, extent, grow, meta_of, physical_order
 from ._viewing import as_strided
 from ._views import View, intern_step, root, strided_view
 from .tensor import Tensor, become, make, wrap
@@ -76,7 +76,7 @@ def empty_strided(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     meta = meta_of(size, stride, dtype, current_index(kwargs.get("device")))
     if sorted(_dense_part(size, stride)) == sorted(_dense_part(size, _packed(meta))):
         return _zeros(meta)
-    need = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if meta.numel else 0
+    need = extent(size, stride)
     base = _zeros(dense_meta((need,), dtype, meta.index))
     return make(base._s, meta, strided_view(base._s.geometry, meta, 0))
 
@@ -212,7 +212,7 @@ def resize(t: Tensor, size: tuple[int, ...], strides: tuple[int, ...]) -> None:
     """Give `t` another size: the storage keeps its elements in memory order, and grows where it must."""
     storage, offset = t._s, t.storage_offset()
     meta = meta_of(size, strides, t.dtype, t._m.index)
-    need = offset + 1 + sum((n - 1) * s for n, s in zip(size, strides, strict=True)) if meta.numel else 0
+    need = offset + extent(size, strides) if meta.numel else 0
     geometry = storage.geometry
     if storage.nbytes < need * meta.jax_dtype.itemsize:
         if geometry.numel == 0 and t._v is None:

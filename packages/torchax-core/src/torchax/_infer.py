@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.utils._pytree import tree_map
 
 from . import dtypes
-from ._storage import TensorMeta, dense_meta, meta_of
+from ._storage import TensorMeta, dense_meta, extent, meta_of
 from .tensor import Tensor
 
 _CPU_COPY_LIMIT = 1 << 16  # elements; a written operand larger than this is not allocated just to word an error
@@ -131,7 +131,7 @@ def cpu_error(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Excep
                 return torch.zeros(x._m.shape, dtype=x._m.dtype)
             weights = x._m.dtype.is_floating_point or id(x) in pivots
             filled = torch.ones if weights else torch.zeros  # weights that sum up, indices in range
-            size = 1 + sum((n - 1) * s for n, s in zip(x._m.shape, x._m.strides, strict=True)) if x._m.numel else 0
+            size = extent(x._m.shape, x._m.strides)
             if size <= _CPU_COPY_LIMIT:  # with its strides, by which some ops judge
                 return filled(size, dtype=x._m.dtype).as_strided(x._m.shape, x._m.strides)
             return filled((), dtype=x._m.dtype).expand(x._m.shape)

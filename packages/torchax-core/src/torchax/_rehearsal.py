@@ -6,7 +6,6 @@ not fit the result: some resize it (with a warning or without), some cast, some 
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ._execute import state
 from ._infer import pivots_of
-from ._storage import TensorMeta
+from ._storage import TensorMeta, extent
 from .convert import to_cpu
 from .tensor import Tensor
 
@@ -54,7 +53,7 @@ def rehearse(
         None where that says nothing: the tensors are large, or the op fails on their values.
     """
     tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
-    if sum(_extent(t.shape, t.stride()) for t in tensors) + sum(m.numel for m in metas) > _MOST:
+    if sum(extent(t.shape, t.stride()) for t in tensors) + sum(m.numel for m in metas) > _MOST:
         return None
     copies: dict[int, torch.Tensor] = {}
     pivots = pivots_of(func, args)
@@ -98,7 +97,7 @@ def refused(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Excepti
     so that they are fetched for a call that goes wrong only. While tracing there are none, and nothing is refused.
     """
     tensors = [t for t in tree_flatten((args, kwargs))[0] if type(t) is Tensor]
-    if state.executor.owner is not None or sum(_extent(t._m.shape, t._m.strides) for t in tensors) > _MOST:
+    if state.executor.owner is not None or sum(extent(t._m.shape, t._m.strides) for t in tensors) > _MOST:
         return None
     ones = pivots_of(func, args) | {
         id(a) for a, s in zip(args, func._schema.arguments, strict=False) if s.name == "other"
@@ -142,12 +141,7 @@ def _stand_in(meta: TensorMeta, ones: bool) -> torch.Tensor:
     inexact = meta.dtype.is_floating_point or meta.dtype.is_complex
     square = len(meta.shape) > 1 and meta.shape[-1] == meta.shape[-2]
     filled = torch.ones if ones or (inexact and not square) else torch.zeros
-    value = filled(_extent(meta.shape, meta.strides), dtype=meta.dtype).as_strided(meta.shape, meta.strides)
+    value = filled(extent(meta.shape, meta.strides), dtype=meta.dtype).as_strided(meta.shape, meta.strides)
     if inexact and square:
         value.diagonal(dim1=-2, dim2=-1).fill_(1)
     return value
-
-
-def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """The least number of elements in a storage that holds such a tensor."""
-    return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if math.prod(shape) else 0

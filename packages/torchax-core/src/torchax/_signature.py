@@ -112,14 +112,14 @@ def _bind(a: Any, mode: tuple[Any, ...] | None, key: list[Any], operands: list[A
         key.append(("cpu", tuple(a.shape), a.dtype))
         operands.append(_host_operand(a))
     else:
-        key.append(a if kind is not torch.device or a.index is not None else _indexed(a))
+        key.append(a if kind is not torch.device else _indexed(a))
 
 
 def _indexed(device: torch.device) -> torch.device:
     """``"jax"`` is another device whenever `torch.jax.set_device` has been called."""
-    from . import device as module
+    from .device import with_index
 
-    return torch.device("jax", module.current_device()) if device.type == "jax" else device
+    return with_index(device)
 
 
 def _template(a: Any, mode: tuple[Any, ...] | None, count: _Count) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -219,6 +219,16 @@ class StorageView:
 
     def __repr__(self) -> str:
         return f"<torchax storage of {self.nbytes()} bytes on {self.device}>"
+
+
+def extent(shape: Iterable[int], strides: Iterable[int]) -> int:
+    """The least number of elements in a storage that holds a tensor of this shape and these strides."""
+    reach = 1
+    for n, s in zip(shape, strides, strict=True):
+        if n == 0:
+            return 0
+        reach += (n - 1) * s
+    return reach
 
 
 def physical_order(geometry: TensorMeta) -> list[int]:

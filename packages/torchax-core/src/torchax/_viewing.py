@@ -11,7 +11,7 @@ from ._dispatch import RULES
 from ._infer import NoMeta, describe, run_on_meta
 from ._missing import missing
 from ._registry import Lowering
-from ._storage import meta_of
+from ._storage import extent, meta_of
 from ._twins import functional_twin
 from ._views import View, intern_step, root, strided_view
 from .tensor import Tensor, become, make
@@ -94,11 +94,11 @@ def as_strided(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """``as_strided`` counts from the storage's beginning, whatever view it is called on."""
     t, rest = args[0], args[1:]
     op = torch.ops.aten.as_strided.default
-    span = sum((n - 1) * s for n, s in zip(t._m.shape, t._m.strides, strict=True) if n)
-    whole = torch.empty(max(t._s.geometry.numel, t.storage_offset() + 1 + span), dtype=t.dtype, device="meta")
+    reach = t.storage_offset() + max(extent(t._m.shape, t._m.strides), 1)
+    whole = torch.empty(max(t._s.geometry.numel, reach), dtype=t.dtype, device="meta")
     m = op(whole.as_strided(t._m.shape, t._m.strides, t.storage_offset()), *rest, **kwargs)
     size = m.dtype.itemsize
-    need = (m.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(m.shape, m.stride(), strict=True))) * size
+    need = (m.storage_offset() + extent(m.shape, m.stride())) * size
     if m.numel() and need > t._s.nbytes:
         raise RuntimeError(
             f"setStorage: sizes {list(m.shape)}, strides {list(m.stride())}, storage offset {m.storage_offset()}, and itemsize {size} "

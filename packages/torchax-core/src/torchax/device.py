@@ -59,6 +59,11 @@ def current_device() -> int:
     return _current.index
 
 
+def with_index(device: torch.device) -> torch.device:
+    """`device`, with the index of the current one where it is ``"jax"`` without an index."""
+    return torch.device("jax", _current.index) if device.type == "jax" and device.index is None else device
+
+
 def set_device(device: Any) -> None:
     """Make a device the current one of this thread, which ``"jax"`` means: an index, ``"jax:1"`` or a `torch.device`."""
     index = _index(device)

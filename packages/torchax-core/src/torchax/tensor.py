@@ -162,9 +162,9 @@ class Tensor(torch.Tensor):
             device = Device(target)
             if device.type == "jax":
                 if device.index is None:
-                    from .device import current_device
+                    from .device import with_index
 
-                    device = Device("jax", current_device())
+                    device = with_index(device)
                 if device.index == self._m.index:
                     device = self._m.cpp_device
                 if args:
