@@ -1,4 +1,4 @@
-"""PyTorch's own specification of its operators (OpInfo), driven on device jax and on CPU, form by form, dtype by dtype.
+"""PyTorch's own specification of its operators (OpInfo) on device jax against CPU: a command line over `torchax.testing`.
 
-`run` is the engine and a command line for triage; `known` is the one list of known differences.
+`run` is the command line for triage; `known` is the one list of known differences.
 """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 from typing import NamedTuple
 
-from .cases import FORMS, Case, dtype_name
+from torchax.testing.cases import FORMS, Case, dtype_name
 
 
 class Known(NamedTuple):

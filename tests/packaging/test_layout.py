@@ -133,7 +133,10 @@ def test_imports_are_declared(file: pathlib.Path) -> None:
     declared = set(SOURCES)
     home = ROOT if owner(file) == "torchax_tools" else file.parents[file.parts[::-1].index("src")]
     for toml in {home / "pyproject.toml", ROOT / "packages/torchax-core/pyproject.toml"}:
-        for requirement in project(toml)["dependencies"]:
+        requirements = list(project(toml)["dependencies"])
+        if "testing" in file.parts or file.name == "pytest_plugin.py":
+            requirements += project(toml)["optional-dependencies"]["testing"]
+        for requirement in requirements:
             name = re.split(r"[=<>\[ ]", requirement)[0]
             declared.add(IMPORTED_AS.get(name, name.replace("-", "_")))
     for name, line, lazy in imports(file):

@@ -9,8 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 import torchax  # noqa: F401
 from torch.testing._internal.common_modules import module_db
-
-from opinfo import samples
+from torchax.testing import samples
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 DTYPES = (torch.float32, torch.float64) if THOROUGH else (torch.float32,)

@@ -9,9 +9,10 @@ import zlib
 
 import jax
 import pytest
+from torchax.testing import cases
+from torchax.testing.engine import run_case
 
-from opinfo import cases, known
-from opinfo.run import run_case
+from opinfo import known
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 SAMPLES = None if THOROUGH else 1

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-
-from parity.strategies import (
+from torchax.testing.samples import tensor_to_jax
+from torchax.testing.strategies import (
     COMPLEX,
     DTYPES,
     FLOATS,
@@ -21,7 +21,6 @@ from parity.strategies import (
     shapes,
     small,
     tensors,
-    twin,
     values,
 )
 
@@ -69,7 +68,7 @@ def agree(fn: Any, *args: Any, errors: Any = None) -> None:
     `errors`: classes that will do, where CPU torch's own choice depends on the layout.
     """
     cpu = [a.make() if isinstance(a, Draft) else a for a in args]
-    ours = [twin(a) if isinstance(a, torch.Tensor) else a for a in cpu]
+    ours = [tensor_to_jax(a) if isinstance(a, torch.Tensor) else a for a in cpu]
     want, wrong = outcome(fn, *cpu)
     got, error = outcome(fn, *ours)
     if isinstance(wrong, NotImplementedError):  # CPU has no kernel for the dtype; an accelerator may
@@ -190,7 +189,7 @@ def test_casts(x, dtype):
         info = torch.iinfo(dtype)
         inside = torch.isfinite(cpu) & (cpu > info.min) & (cpu.double() < info.max)
         cpu = torch.where(inside, cpu, 0)  # C++ leaves the others undefined
-    got = twin(cpu).to(dtype)
+    got = tensor_to_jax(cpu).to(dtype)
     assert got.dtype == dtype and strides_that_matter(got) == strides_that_matter(cpu.to(dtype))
     torch.testing.assert_close(got.cpu(), cpu.to(dtype), equal_nan=True)
 
@@ -211,5 +210,5 @@ def test_drafts_print_as_the_program_that_makes_them():
     draft = Draft((1.0, math.nan, 2.0), (2, 3), torch.float32, "transposed")
     code = repr(Draft((1.0, 2.0, 3.0, 4.0, 5.0, math.inf), (2, 3), torch.float32, "transposed"))
     assert "float('inf')" in code and eval(code).shape == (2, 3)
-    assert twin(draft.make()).stride() == draft.make().stride() == (1, 2)
+    assert tensor_to_jax(draft.make()).stride() == draft.make().stride() == (1, 2)
     assert values(torch.bool) is not None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torchax.testing import assert_same_aliases
 
 SHAPES = [(4,), (4, 3), (2, 4, 2), (6, 2), (3, 3), (2, 2, 3)]
 
@@ -88,29 +89,6 @@ def overlaps(t: torch.Tensor) -> bool:
     return False
 
 
-def compare(cpus, others, log):
-    for a, b in zip(cpus, others, strict=True):
-        assert (a.shape, a.stride(), a.storage_offset(), a.dtype) == (
-            b.shape,
-            b.stride(),
-            b.storage_offset(),
-            b.dtype,
-        ), log
-        assert a._version == b._version and a.is_contiguous() == b.is_contiguous(), log
-        x, y = a, b.cpu()
-        if a.dtype == torch.float32:
-            assert torch.equal(
-                x.contiguous().view(torch.int32) & ~1, y.contiguous().view(torch.int32) & ~1
-            ) or torch.allclose(x, y, equal_nan=True), log
-        else:
-            assert torch.equal(x, y), log
-    for i in range(len(cpus)):
-        for j in range(i):
-            shared = cpus[i].untyped_storage().data_ptr() == cpus[j].untyped_storage().data_ptr()
-            assert shared == (others[i].untyped_storage().data_ptr() == others[j].untyped_storage().data_ptr()), log
-            assert cpus[i].is_set_to(cpus[j]) == others[i].is_set_to(others[j]), log
-
-
 def run(shape, program, requires_grad=False):
     base = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape).clone() - 3
     cpus, others, log = [base.clone()], [base.clone().to("jax")], []
@@ -143,7 +121,7 @@ def run(shape, program, requires_grad=False):
             cpus.append(a)
             others.append(b)
         if not requires_grad:
-            compare(cpus, others, log)
+            assert_same_aliases(others, cpus, log)
     if requires_grad:
         for ts in (cpus, others):
             total = sum((t * (j + 1)).sum() for j, t in enumerate(ts) if t.is_floating_point() and t.requires_grad)

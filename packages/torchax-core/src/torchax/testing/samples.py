@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from .drafts import Draft
+
 SEED = 20240
 UPCAST = {
     torch.bfloat16: torch.float64,
@@ -67,9 +69,30 @@ class Sample:
         return self.map(lambda x: replacement.get(id(x), x) if isinstance(x, torch.Tensor) else x)
 
 
+def sample(*args: Any, **kwargs: Any) -> Sample:
+    """The sample with these arguments: CPU tensors, `drafts.Draft`s and whatever else the operator takes.
+
+    Raises:
+        TypeError: there is no positional argument.
+    """
+    if not args:
+        raise TypeError("a sample has at least one positional argument, the operator's first")
+    made = Sample(args[0], tuple(args[1:]), dict(kwargs))
+    return made.map(lambda x: x.make() if isinstance(x, Draft) else x)
+
+
 def of(info: Any, host: tuple[int, ...] = ()) -> Sample:
     """The sample that a `SampleInput` describes."""
     return Sample(info.input, tuple(info.args), dict(info.kwargs), info.output_process_fn_grad, host)
+
+
+def as_sample(x: Any) -> Sample:
+    """A `Sample` out of what users write: a `Sample`, OpInfo's ``SampleInput``, a tuple of arguments, or one argument."""
+    if isinstance(x, Sample):
+        return sample(x.input, *x.args, **x.kwargs) if not x.host else x
+    if hasattr(x, "output_process_fn_grad"):
+        return of(x)
+    return sample(*x) if type(x) is tuple else sample(x)
 
 
 _generated: collections.OrderedDict[Any, tuple[Sample, ...]] = collections.OrderedDict()
@@ -199,10 +222,18 @@ def upcast(sample: Sample) -> Sample:
 
 
 def noncontiguous(sample: Sample) -> Sample:
-    """The sample with no tensor contiguous."""
-    from torch.testing._internal.common_utils import noncontiguous_like
+    """The sample with no tensor contiguous; what lies between the elements is not to be read."""
 
-    return sample.map(lambda x: noncontiguous_like(x) if isinstance(x, torch.Tensor) else x)
+    def stretched(t: torch.Tensor) -> torch.Tensor:
+        if not t.is_contiguous():
+            return t
+        plain = _plain(t)
+        number = plain.is_floating_point() or plain.is_complex()
+        wide = torch.full((*plain.shape, 2), float("nan") if number else True, dtype=plain.dtype)
+        wide[..., 0] = plain
+        return _marked(wide[..., 0], t).requires_grad_(t.requires_grad)
+
+    return sample.map(lambda x: stretched(x) if isinstance(x, torch.Tensor) else x)
 
 
 def conjugated(sample: Sample) -> Sample:

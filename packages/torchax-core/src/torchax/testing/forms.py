@@ -10,8 +10,8 @@ import jax
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.utils._pytree as pytree
-from torchax import errors, interop
 
+from .. import errors, interop
 from . import cases, samples
 from .samples import Inapplicable, Sample
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 
+from .operators import Operator, Tolerance
 from .samples import Sample
 
 
 class Mismatch(AssertionError):
     """A result is not what CPU torch gives."""
-
-
-class Tolerance(NamedTuple):
-    rtol: float
-    atol: float
 
 
 DEFAULTS = {
@@ -51,7 +47,9 @@ EXTRA: dict[str, tuple[Tolerance, str]] = {
 
 
 def tolerance_of(op: Any, dtype: torch.dtype) -> Tolerance:
-    """torch.testing's default, or the widest of what OpInfo and `EXTRA` allow."""
+    """torch.testing's default, or the widest of what OpInfo and `EXTRA` allow; for an `Operator`, what it says."""
+    if isinstance(op, Operator):
+        return op.tolerances.get(dtype, DEFAULTS.get(dtype, Tolerance(0, 0)))
     from torch.testing._internal.common_device_type import toleranceOverride
     from torch.testing._internal.opinfo.core import DecorateInfo
 
