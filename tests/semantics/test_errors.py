@@ -176,7 +176,7 @@ def test_every_error_of_ours_has_one_base():
 
 def test_an_array_of_another_platform_is_refused(monkeypatch):
     array = jnp.ones(2)
-    monkeypatch.setattr(jax, "devices", lambda *a: [])
+    monkeypatch.setattr(jax, "local_devices", lambda *a: [])
     with pytest.raises(errors.PlatformUnavailable, match="default platform"):
         Tensor(array)
 

@@ -114,6 +114,19 @@ def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fresh:
         raise (cpu_error(func, args, kwargs) or error) from None
 
 
+def on_cpu(nest: Any, stand_in: Callable[[Tensor], torch.Tensor]) -> Any:
+    """Arguments of a call as CPU torch takes them: a CPU tensor for each tensor, the CPU for devices, no generator."""
+
+    def one(x: Any) -> Any:
+        if type(x) is Tensor:
+            return stand_in(x)
+        if isinstance(x, torch.device):
+            return torch.device("cpu")
+        return None if isinstance(x, torch.Generator) else x
+
+    return tree_map(one, nest)
+
+
 def cpu_error(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
     """What CPU torch says: the op on CPU tensors of the same metadata; large ones hold one expanded element."""
     written = {
@@ -123,25 +136,21 @@ def cpu_error(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Excep
     }
     pivots = pivots_of(func, args)
 
-    def on_cpu(x: Any) -> Any:
-        if type(x) is Tensor:
-            if id(x) in written:
-                if math.prod(x._m.shape) > _CPU_COPY_LIMIT:
-                    raise MemoryError
-                return torch.zeros(x._m.shape, dtype=x._m.dtype)
-            weights = x._m.dtype.is_floating_point or id(x) in pivots
-            filled = torch.ones if weights else torch.zeros  # weights that sum up, indices in range
-            size = extent(x._m.shape, x._m.strides)
-            if size <= _CPU_COPY_LIMIT:  # with its strides, by which some ops judge
-                return filled(size, dtype=x._m.dtype).as_strided(x._m.shape, x._m.strides)
-            return filled((), dtype=x._m.dtype).expand(x._m.shape)
-        if isinstance(x, torch.device):
-            return torch.device("cpu")
-        return x
+    def stand_in(x: Tensor) -> torch.Tensor:
+        if id(x) in written:
+            if math.prod(x._m.shape) > _CPU_COPY_LIMIT:
+                raise MemoryError
+            return torch.zeros(x._m.shape, dtype=x._m.dtype)
+        weights = x._m.dtype.is_floating_point or id(x) in pivots
+        filled = torch.ones if weights else torch.zeros  # weights that sum up, indices in range
+        size = extent(x._m.shape, x._m.strides)
+        if size <= _CPU_COPY_LIMIT:  # with its strides, by which some ops judge
+            return filled(size, dtype=x._m.dtype).as_strided(x._m.shape, x._m.strides)
+        return filled((), dtype=x._m.dtype).expand(x._m.shape)
 
     try:
         with torch.no_grad():
-            func(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
+            func(*on_cpu(args, stand_in), **on_cpu(kwargs, stand_in))
     except MemoryError:
         return None
     except Exception as error:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
+from ._infer import on_cpu
 from ._storage import TensorMeta, physical_order
 from .tensor import Tensor
 
@@ -77,22 +77,17 @@ def refusal(
     """What CPU torch says to operands that lie in memory as these do; ops differ in what they take."""
     storages: dict[int, torch.Tensor] = {}
 
-    def on_cpu(x: Any) -> Any:
-        if type(x) is Tensor:
-            nbytes, size = x._s.nbytes, x._m.dtype.itemsize
-            if nbytes > _MOST:
-                raise MemoryError
-            flat = storages.setdefault(id(x._s), torch.zeros(nbytes, dtype=torch.uint8))
-            return (
-                flat[: nbytes // size * size].view(x._m.dtype).as_strided(x._m.shape, x._m.strides, x.storage_offset())
-            )
-        if isinstance(x, torch.device):
-            return torch.device("cpu")
-        return None if isinstance(x, torch.Generator) else x
+    def stand_in(x: Tensor) -> torch.Tensor:
+        nbytes, size = x._s.nbytes, x._m.dtype.itemsize
+        if nbytes > _MOST:
+            raise MemoryError
+        flat = storages.setdefault(id(x._s), torch.zeros(nbytes, dtype=torch.uint8))
+        flat = flat[: nbytes // size * size].view(x._m.dtype)
+        return flat.as_strided(x._m.shape, x._m.strides, x.storage_offset())
 
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=()):
-            func(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
+            func(*on_cpu(args, stand_in), **on_cpu(kwargs, stand_in))
     except MemoryError:
         if any(how != "full" for _, how in found):  # as most ops say
             return shared_memory("more than one element of the written-to tensor")

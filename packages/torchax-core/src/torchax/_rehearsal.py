@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from ._execute import state
-from ._infer import pivots_of
+from ._infer import on_cpu, pivots_of
 from ._storage import TensorMeta, extent
 from .convert import to_cpu
 from .tensor import Tensor
@@ -60,17 +60,13 @@ def rehearse(
     out_names = {a.name for a in func._schema.arguments if a.is_out}
     written = {id(t) for t in targets} if out_names else set()
 
-    def on_cpu(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            if id(x) not in copies:
-                outs = id(x) in written  # row-major: not every op of CPU torch survives others
-                copies[id(x)] = torch.zeros(x._m.shape, dtype=x._m.dtype) if outs else _stand_in(x._m, id(x) in pivots)
-            return copies[id(x)]
-        if isinstance(x, torch.device):
-            return torch.device("cpu")
-        return None if isinstance(x, torch.Generator) else x
+    def stand_in(x: Tensor) -> torch.Tensor:
+        if id(x) not in copies:
+            outs = id(x) in written  # row-major: not every op of CPU torch survives others
+            copies[id(x)] = torch.zeros(x._m.shape, dtype=x._m.dtype) if outs else _filled(x._m, id(x) in pivots)
+        return copies[id(x)]
 
-    cargs, ckwargs = tree_map(on_cpu, args), tree_map(on_cpu, kwargs)
+    cargs, ckwargs = on_cpu(args, stand_in), on_cpu(kwargs, stand_in)
     error = None
     with torch.no_grad(), torch.random.fork_rng(devices=()), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -80,9 +76,8 @@ def rehearse(
             error = raised
             try:
                 copies.clear()
-                twin(
-                    *tree_map(on_cpu, args), **tree_map(on_cpu, {k: v for k, v in kwargs.items() if k not in out_names})
-                )
+                rest = {k: v for k, v in kwargs.items() if k not in out_names}
+                twin(*on_cpu(args, stand_in), **on_cpu(rest, stand_in))
             except Exception:  # these values are wrong, or these operands
                 return None
     after = [copies[id(t)] for t in targets if id(t) in copies]
@@ -102,7 +97,7 @@ def refused(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Excepti
     ones = pivots_of(func, args) | {
         id(a) for a, s in zip(args, func._schema.arguments, strict=False) if s.name == "other"
     }  # a divisor
-    if _raised(func, args, kwargs, lambda t: _stand_in(t._m, id(t) in ones)) is None:
+    if _raised(func, args, kwargs, lambda t: _filled(t._m, id(t) in ones)) is None:
         return None
     return _raised(func, args, kwargs, lambda t: to_cpu(t, str(func)))
 
@@ -110,15 +105,10 @@ def refused(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Excepti
 def _raised(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], stand_in: Callable[[Tensor], torch.Tensor]
 ) -> Exception | None:
-    def on_cpu(x: Any) -> Any:
-        if type(x) is Tensor:
-            return stand_in(x)
-        return torch.device("cpu") if isinstance(x, torch.device) else x
-
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            func(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
+            func(*on_cpu(args, stand_in), **on_cpu(kwargs, stand_in))
     except NotImplementedError:  # CPU torch has no kernel for the dtype; that does not mean that there is none here
         return None
     except Exception as error:
@@ -136,7 +126,7 @@ def _with_warnings(call: Callable[[], Any]) -> None:
     torch.zeros(1).apply_(once)
 
 
-def _stand_in(meta: TensorMeta, ones: bool) -> torch.Tensor:
+def _filled(meta: TensorMeta, ones: bool) -> torch.Tensor:
     """Indices in range, weights that sum up; matrices that have inverses and factors."""
     inexact = meta.dtype.is_floating_point or meta.dtype.is_complex
     square = len(meta.shape) > 1 and meta.shape[-1] == meta.shape[-2]
