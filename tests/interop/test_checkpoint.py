@@ -16,6 +16,8 @@ import torch.nn as nn
 import torchax
 from torchax.errors import CheckpointError
 
+FORMATS = ["state.pt", "state.safetensors", "folder"]
+
 
 class Progress(NamedTuple):
     epoch: int
@@ -68,7 +70,7 @@ def same(a: Any, b: Any) -> None:
         assert a == b
 
 
-@pytest.mark.parametrize("name", ["state.pt", "folder"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_there_and_back(name: str, tmp_path: pathlib.Path) -> None:
     state = example()
     torchax.save_checkpoint(state, tmp_path / "deep" / name)
@@ -80,7 +82,7 @@ def test_there_and_back(name: str, tmp_path: pathlib.Path) -> None:
     assert not [p for p in (tmp_path / "deep").iterdir() if "tmp" in p.name]
 
 
-@pytest.mark.parametrize("name", ["state.pt", "folder"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_target_gives_the_containers(name: str, tmp_path: pathlib.Path) -> None:
     params = {"w": jnp.ones(3)}
     state = optax.adam(1e-3).init(params)
@@ -89,11 +91,11 @@ def test_a_target_gives_the_containers(name: str, tmp_path: pathlib.Path) -> Non
     assert jax.tree.structure(found) == jax.tree.structure(state)
     with pytest.raises(CheckpointError, match="shape"):
         torchax.load_checkpoint(tmp_path / name, target=optax.adam(1e-3).init({"w": jnp.ones(4)}))
-    with pytest.raises(CheckpointError, match="2 values at state, where the target has 1 values"):
+    with pytest.raises(CheckpointError, match="state has 2 values, the target 1"):
         torchax.load_checkpoint(tmp_path / name, target=[1])
 
 
-@pytest.mark.parametrize("name", ["state.pt", "folder"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_steps(name: str, tmp_path: pathlib.Path) -> None:
     for step in (1, 2, 10):
         torchax.save_checkpoint({"n": step}, tmp_path / name, step=step)
@@ -102,7 +104,7 @@ def test_steps(name: str, tmp_path: pathlib.Path) -> None:
 
 
 def test_overwriting(tmp_path: pathlib.Path) -> None:
-    for name in ("a.pt", "folder"):
+    for name in FORMATS:
         for i in range(2):
             torchax.save_checkpoint({"x": torch.full((2,), float(i))}, tmp_path / name)
         assert torchax.load_checkpoint(tmp_path / name)["x"].tolist() == [1, 1]
@@ -111,7 +113,7 @@ def test_overwriting(tmp_path: pathlib.Path) -> None:
 def test_a_failed_save_leaves_the_old_one(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.pt"
     torchax.save_checkpoint({"x": 1}, path)
-    with pytest.raises(CheckpointError, match=r"state\['x'\] is a builtins.object"):
+    with pytest.raises(CheckpointError, match=r"x is a builtins.object"):
         torchax.save_checkpoint({"x": object()}, path)
 
     def full(fd: int) -> None:
@@ -157,14 +159,12 @@ def test_plain_files_of_torch(tmp_path: pathlib.Path) -> None:
     assert torchax.load_checkpoint(tmp_path / "plain.pt")["w"].tolist() == [1, 1]
 
 
-def test_a_target_is_matched_by_key(tmp_path):
+def test_a_target_is_matched_by_key(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "state.pt"
     torchax.save_checkpoint({"b": torch.ones(2, device="jax"), "a": torch.zeros(2, device="jax")}, path)
     target = {"a": torch.empty(2, device="jax"), "b": torch.empty(2, device="jax")}
     found = torchax.load_checkpoint(path, target=target)
     assert found["a"].tolist() == [0, 0]
     assert found["b"].tolist() == [1, 1]
-    with pytest.raises(
-        torchax.errors.CheckpointError, match=r"\['a', 'b'\] at state, where the target has \['a', 'c'\]"
-    ):
+    with pytest.raises(CheckpointError, match="c is not in the checkpoint; b is not in the target"):
         torchax.load_checkpoint(path, target={"a": target["a"], "c": target["b"]})

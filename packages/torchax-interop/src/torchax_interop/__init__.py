@@ -6,7 +6,7 @@ Everything here is also found as ``torchax.interop.NAME``.
 from __future__ import annotations
 
 from .autograd import gradient_checkpoint, j2t_autograd, jax_value_and_grad, t2j_autograd
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import CheckpointManager, load_checkpoint, open_checkpoint, save_checkpoint
 from .compile import Compiled, compile
 from .jit import JittableModule, extract_all_buffers, extract_jax, jax_jit
 from .views import call_jax, call_torch, jax_view, jax_vmap, shard_map, torch_view
@@ -14,6 +14,7 @@ from .views import call_jax, call_torch, jax_view, jax_vmap, shard_map, torch_vi
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointManager",
     "Compiled",
     "JittableModule",
     "call_jax",
@@ -29,6 +30,7 @@ __all__ = [
     "jax_view",
     "jax_vmap",
     "load_checkpoint",
+    "open_checkpoint",
     "save_checkpoint",
     "shard_map",
     "t2j_autograd",
