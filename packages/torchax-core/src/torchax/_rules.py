@@ -10,16 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import _core_ops, convert
 from ._dispatch import RULES
+from ._execute import executing, state
+from ._execute.strict import Placed
 from ._functional import FunctionalRule, ProductRule, as_shapes
 from ._lower import composite_rule, is_composite_implicit
 from ._mutating import mutating_rule
 from ._prepared import prepared_rule
 from ._registry import REGISTRY, Lowering
+from ._sharding import place
 from ._viewing import inplace_view_rule, strided_view_rule, view_rule, views_rule
+from .tensor import Tensor
 
 Rule = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 REGISTRY.listeners.append(RULES.clear)
@@ -27,6 +32,12 @@ REGISTRY.listeners.append(RULES.clear)
 
 def make_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
     """The rule for an op; made once, when it is first called."""
+    rule = _own_rule(func)
+    name = func._schema.name
+    return following(rule) if name.endswith("_like") or name in ("aten::clone", "aten::_to_copy") else rule
+
+
+def _own_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
     core = _core_ops.RULES.get(func.name())
     if core is not None:
         return core
@@ -73,6 +84,30 @@ def _chosen(func: Any, entries: list[Lowering], kind: Callable[[Any, Lowering], 
         return (otherwise if entry is None else rules[id(entry)])(args, kwargs)
 
     return rule
+
+
+def following(rule: Rule) -> Rule:
+    """The rule of an op whose result lies where its first operand is pinned to lie (``zeros_like``, ``clone``)."""
+
+    def follow(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        t = args[0]
+        if type(t) is not Tensor or (sharding := t._s.sharding) is None or t._v is not None:
+            return rule(args, kwargs)
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).index:
+            return rule(args, kwargs)
+        if state.executor.owner is None:
+            with executing(Placed(t._m.shape, sharding)):
+                result = rule(args, kwargs)
+        else:
+            result = rule(args, kwargs)
+        if type(result) is Tensor and result._m.shape == t._m.shape and result._v is None and not result._m.index:
+            result._s.sharding = sharding
+            if isinstance(result._s.value, np.ndarray) or state.executor.owner is None:
+                result._s.value = place(result._s.value, sharding)
+        return result
+
+    return follow
 
 
 def _returns_alias(func: Any) -> bool:

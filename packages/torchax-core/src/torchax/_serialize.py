@@ -28,6 +28,7 @@ def deepcopy(t: Tensor, memo: dict[int, Any]) -> Tensor:
         key = id(t._s)
         if key not in memo:
             memo[key] = Storage(convert.copied(t._s.value), t._s.geometry)
+            memo[key].sharding = t._s.sharding
         twin = make(memo[key], t._m, t._v)
     return _finish(twin, t, memo)
 

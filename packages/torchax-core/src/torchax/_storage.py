@@ -106,9 +106,11 @@ class Storage:
         geometry: shape and strides of `value` in memory, as `as_strided` counts.
         version: grows with every write; views remember the version that they read.
         owner: the trace that it was made in, else None.
+        sharding: how the payload is laid out over devices, whatever is written; None leaves it to XLA.
     """
 
     owner: Any = None
+    sharding: Any = None
     version = 0
     _address: int | None = None
 

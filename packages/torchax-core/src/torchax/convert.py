@@ -103,13 +103,13 @@ def check_dense(t: torch.Tensor) -> None:
 
 
 def jax_device(index: int) -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
-    """JAX device number `index` of the default platform.
+    """JAX device number `index` of the default platform, among those of this process.
 
     Raises:
         PlatformUnavailable: there is no such device, or none at all.
     """
     try:
-        devices = jax.devices()
+        devices = jax.local_devices()
     except RuntimeError as error:
         raise errors.PlatformUnavailable(
             f"device 'jax:{index}' does not exist, since JAX could not start: {error}. The environment variable JAX_PLATFORMS "

@@ -47,9 +47,9 @@ def _is_in_bad_fork() -> bool:
 
 
 def device_count() -> int:
-    """Number of JAX devices of the default platform; none where JAX cannot start."""
+    """Number of JAX devices of the default platform that this process drives; none where JAX cannot start."""
     try:
-        return len(jax.devices())
+        return len(jax.local_devices())
     except RuntimeError:
         return 0
 

@@ -32,7 +32,10 @@ class KeySource:
 
     def load(self) -> Any:
         """The state, ``uint32[3]``."""
-        return _execution.executor.load(self.storage)
+        value = _execution.executor.load(self.storage)
+        if _execution.executor.owner is None and isinstance(value, jax.Array) and len(value.sharding.device_set) > 1:
+            return np.asarray(value)  # a program over several devices left it there; others may use other devices
+        return value
 
     def store(self, value: Any) -> None:
         """Replace the state."""

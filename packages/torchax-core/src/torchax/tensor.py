@@ -18,6 +18,7 @@ from . import dtypes, errors
 from ._checks import settle
 from ._dispatch import dispatch
 from ._execute import state
+from ._sharding import pins, place
 from ._storage import Storage, StorageView, TensorMeta, dense_meta
 
 if TYPE_CHECKING:
@@ -107,8 +108,25 @@ class Tensor(torch.Tensor):
         return self
 
     def shard_(self, sharding: Any) -> Tensor:
-        """Lay the value out over devices as the `jax.sharding.Sharding` says, in place."""
-        return self.apply_jax_(jax.device_put, sharding)
+        """Lay the value out over devices as the `jax.sharding.Sharding` says, in place, now and after every write.
+
+        Raises:
+            ValueError: the sharding does not divide a dimension, or this is not a tensor on the first device (sharded
+                tensors are on ``jax:0``, whatever devices they lie on).
+        """
+        if self._m.index and len(sharding.device_set) > 1:
+            raise ValueError(
+                f"shard_ was called on a tensor on {self.device}; tensors that lie on several devices are on jax:0: "
+                'move it first with .to("jax:0")'
+            )
+        if self._v is not None or state.executor.owner is not None:
+            return self.apply_jax_(place, sharding)
+        value = place(state.executor.read(self), sharding)
+        if sharding != self._s.sharding:
+            self._s.sharding = sharding
+            pins.epoch += 1
+        state.executor.write(self, value)
+        return self
 
     @property
     def jax_device(self) -> Any:
@@ -302,9 +320,9 @@ def _index_of(array: Any) -> int:
     if len(devices) != 1:
         return 0  # sharded: one logical device
     try:
-        return jax.devices().index(next(iter(devices)))
+        return jax.local_devices().index(next(iter(devices)))
     except ValueError:
         raise errors.PlatformUnavailable(
             f"the array lies on {next(iter(devices))}, which is not a device of JAX's default platform "
-            f"({jax.default_backend()}: {jax.devices()}); move it with jax.device_put first"
+            f"({jax.default_backend()}: {jax.local_devices()}); move it with jax.device_put first"
         ) from None

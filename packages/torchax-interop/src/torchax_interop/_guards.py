@@ -7,6 +7,7 @@ import operator
 from typing import Any
 
 import torch
+from torchax._sharding import pins
 from torchax._storage import Storage
 from torchax.tensor import Tensor
 
@@ -45,9 +46,19 @@ class Guards:
         self.exact_grads = [(t, g) for t, g in grads.values() if type(g) is Tensor and g._s in captured]
         self.captured: frozenset[Storage] = frozenset(captured)
         self.replaced: dict[int, Storage] = {}
+        self.pinned: list[tuple[Storage, Any]] = []
+        self.epoch = pins.epoch
+
+    def watch_layout(self, storages: list[Storage]) -> None:
+        """The program takes for granted how these storages are laid out over devices."""
+        self.pinned, self.epoch = [(s, s.sharding) for s in storages], pins.epoch
 
     def failure(self, leaves: list[Any], tensor_leaves: list[int]) -> str | None:
         """Why the program does not fit, in words; None where it does."""
+        if self.epoch != pins.epoch:
+            if any(s.sharding != sharding for s, sharding in self.pinned):
+                return "a tensor that the function uses was laid out anew over devices"
+            self.epoch = pins.epoch
         if not all(map(operator.is_, map(_storage_of, self.tensors), self.storages)):
             return "a parameter got another storage"
         if list(map(_requires_grad_of, self.differentiated)) != self.requires_grad:

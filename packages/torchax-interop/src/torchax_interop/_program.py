@@ -19,6 +19,7 @@ from torchax.tensor import Tensor, make, wrap
 from . import _optim as _optim
 from ._groups import dense
 from ._guards import Guards
+from ._layout import laid_out, output_layout, settle_source
 from ._split import split
 from ._tree import Known, unflatten
 
@@ -36,7 +37,12 @@ class Program:
         guards: when it may be used.
         settled: the call left nothing new behind but gradients, so that the next one will look the same.
         tensors: parameters that it uses.
+        mesh: the devices that it runs on, where they are several.
+        sources: states of random numbers that it uses.
     """
+
+    mesh: Any
+    sources: list[Storage]
 
     def __init__(self, recorder: Recorder, closed: Any):
         recording = recorder.recording
@@ -51,6 +57,10 @@ class Program:
         self.in_shardings = recorder.options.in_shardings
         self.settled = not recorder.strangers
         self.tensors = list(recording.tensors.values())
+        made = set(self.survivors)
+        for t, grad in self.set_grads:  # a gradient lies where its parameter does
+            if type(t) is Tensor and type(grad) is Tensor and grad._m.shape == t._m.shape and grad._s in made:
+                grad._s.sharding = t._s.sharding
         relevant = {id(t) for t, _ in self.set_grads} | {
             key for key, (_, g) in recorder.grads.items() if type(g) is Tensor and g._s in recording.captured
         }
@@ -90,6 +100,7 @@ class Program:
             else:
                 embedded[var] = const
         n_constants = len(inputs) - captured
+        self.guards.watch_layout(self.storages)
         inputs += jaxpr.invars[n_explicit:]
         written = set(self.written)
         donated = [i for i, s in enumerate(self.storages) if s in written] if recorder.options.donate_state else []
@@ -101,10 +112,12 @@ class Program:
             if g.kind != "cpu" and all(donate(i) for i in g.members)
         ]
         jit = recorder.options.jit
+        layout = output_layout(self, recorder)
         flat = _Flat(jaxpr, embedded)
         if not recorder.differentiable:
             self.halves = None
-            self._run = jax.jit(flat.function(inputs, jaxpr.outvars), donate_argnums=donated, **jit)
+            pinned = laid_out(layout, len(jaxpr.outvars))
+            self._run = jax.jit(flat.function(inputs, jaxpr.outvars), donate_argnums=donated, **pinned, **jit)
             return
         n = sum(self.counts)
         given_away = {inputs[i] for i in donated}
@@ -118,7 +131,9 @@ class Program:
         self.kept = [i for i in halves.kept_inputs if i < len(inputs)]
         kept_embedded = [few[i - len(inputs)] for i in halves.kept_inputs if i >= len(inputs)]
         n_kept = len(self.kept)
-        self._run = jax.jit(lambda *a: jax.core.eval_jaxpr(halves.forward, [], *a, *few), donate_argnums=donated, **jit)
+        pinned = laid_out(layout, len(halves.forward.outvars))
+        forward = lambda *a: jax.core.eval_jaxpr(halves.forward, [], *a, *few)
+        self._run = jax.jit(forward, donate_argnums=donated, **pinned, **jit)
         self._backward = jax.jit(
             lambda *a: jax.core.eval_jaxpr(halves.backward, [], *a[:n_kept], *kept_embedded, *a[n_kept:])
         )
@@ -131,6 +146,8 @@ class Program:
             if value is not number[3] and float(value) != number[3]:
                 number[3] = float(value)
                 number[2].value = np.float64(number[3])
+        for source in self.sources:
+            settle_source(source, self.mesh)
         arrays = [s.value for s in self.storages]
         arrays += self.constants
         if self.in_shardings is None:

@@ -49,7 +49,7 @@ class Program:
 
         run.__name__ = name.replace("::", "_").replace(".", "_")  # shows in profiles and HLO
         # what is computed without arrays of that device, too, must lie there
-        placement = jax.sharding.SingleDeviceSharding(jax.devices()[index]) if index else None
+        placement = jax.sharding.SingleDeviceSharding(jax.local_devices()[index]) if index else None
         self.jitted = jax.jit(run, out_shardings=placement)
 
 

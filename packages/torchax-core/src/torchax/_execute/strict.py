@@ -10,6 +10,7 @@ import jax.core
 import numpy as np
 
 from .. import errors
+from .._sharding import place, placed_program
 from .._storage import Storage
 from ..config import config
 from ..tensor import Tensor
@@ -48,15 +49,30 @@ class Strict:
         storage, view = tensor._s, tensor._v
         if view is not None:
             value = self.run(view.chain.write, (storage.value, value, *view.positions))
-        storage.value = value
+        storage.value = value if storage.sharding is None else place(value, storage.sharding)
         storage.version += 1
 
     def load(self, storage: Storage) -> Any:
         return storage.value
 
     def store(self, storage: Storage, value: Any) -> None:
-        storage.value = value
+        storage.value = value if storage.sharding is None else place(value, storage.sharding)
         storage.version += 1
+
+
+class Placed(Strict):
+    """Strict, but results of one shape are made where a sharding says."""
+
+    def __init__(self, shape: tuple[int, ...], sharding: Any):
+        self._shape, self._sharding = shape, sharding
+
+    def run(self, program: Program, operands: Sequence[Any]) -> Any:
+        arrays = [self.read(o) if type(o) is Tensor else o for o in operands]
+        try:
+            with enable_x64(True):
+                return placed_program(program, self._shape, self._sharding)(*arrays)
+        except Exception as error:
+            raise failure(error, program.name, arrays) from error
 
 
 class Debug(Strict):
