@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import _backend, _operators, errors
+from . import _backend, _control_flow, _operators, errors
 from ._execute import strict as _strict  # noqa: F401 (it makes itself the executor)
 from .config import config
 from .tensor import Tensor
 
 _backend.install()
 _operators.install()
+_control_flow.install()
 
 from . import amp, convert, device, dtypes, hookspecs, ops, plugins, random  # noqa: E402
 from .convert import from_dlpack  # noqa: E402

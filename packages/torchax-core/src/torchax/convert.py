@@ -145,8 +145,9 @@ def host_array(value: Any, what: str) -> np.ndarray:
             else "belongs to a function whose tracing has ended (or goes on)"
         )
         raise errors.TracerEscaped(
-            f"{what} needs the values of a tensor that {when}{user_line()}; inside a compiled function use torch.where, "
-            "torch.cond or tensor arithmetic instead of Python numbers, or do this outside of it"
+            f"{what} needs the values of a tensor that {when}{user_line()}; Python's if, while and numbers know no "
+            "such values. Inside of a compiled function use torch.where or torch.cond for an if, torch.while_loop or "
+            "torch._higher_order_ops.scan and associative_scan for loops, tensor arithmetic for numbers; or do this outside of it"
         )
     settle()
     try:

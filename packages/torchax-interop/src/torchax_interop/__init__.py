@@ -5,6 +5,7 @@ Everything here is also found as ``torchax.interop.NAME``.
 
 from __future__ import annotations
 
+from . import control_flow
 from .autograd import gradient_checkpoint, j2t_autograd, jax_value_and_grad, t2j_autograd
 from .checkpoint import CheckpointManager, load_checkpoint, open_checkpoint, save_checkpoint
 from .compile import Compiled, compile
@@ -20,6 +21,7 @@ __all__ = [
     "call_jax",
     "call_torch",
     "compile",
+    "control_flow",
     "extract_all_buffers",
     "extract_jax",
     "gradient_checkpoint",

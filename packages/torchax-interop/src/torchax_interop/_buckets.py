@@ -150,7 +150,7 @@ def _is_tensor(x: Any) -> bool:
     return isinstance(x, (torch.Tensor, jax.Array))
 
 
-def _pad(x: Any, widths: Sizes | dict[int, int]) -> Any:
+def _pad(x: Any, widths: dict[int, int]) -> Any:
     """Zeros after the end of some dimensions."""
     if isinstance(x, jax.Array):
         return jnp.pad(x, [(0, widths.get(d, 0)) for d in range(x.ndim)])

@@ -115,7 +115,7 @@ def _changes(a: Any, b: Any) -> list[str]:
         why = "" if new or old else " (what is not a tensor is part of the program)"
         return [f"went from {was} to {now}{why}"]
     if old[""] != new[""]:  # other strides follow
-        old.pop("strides "), new.pop("strides ")
+        del old["strides "], new["strides "]
     changed = [name for name in new if old[name] != new[name]]
     return [f"went from {name}{old[name]} to {name}{new[name]}" for name in changed] or ["changed"]
 

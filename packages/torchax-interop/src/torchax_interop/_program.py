@@ -53,6 +53,7 @@ class Program:
         self.counts, self.roots = recorder.counts, recorder.roots
         self.differentiable_results = recorder.differentiable_results
         self.differentiable_metas = recorder.differentiable_metas
+        self.refused = recorder.refused
         self.numbers = [[group, name, storage, float(group[name])] for group, name, storage in recording.numbers]
         self.in_shardings = recorder.options.in_shardings
         self.settled = not recorder.strangers
@@ -209,6 +210,10 @@ class Program:
                 results.append(Known(recipe[1]))
             else:
                 results.append(self._argument_alias(leaves, *recipe[1:]))
+        if self.refused is not None:
+            message, positions = self.refused
+            for i in positions:
+                results[i] = _functions.DelayedError(message, 1)(results[i].requires_grad_())
         return results
 
     def _argument_alias(self, leaves: list[Any], k: int, meta: TensorMeta, view: Any) -> Tensor:

@@ -20,7 +20,7 @@ from ._enter import jax_factories
 from ._groups import Options, dense, group_leaves
 from ._program import Program
 from ._reach import reachable_tensors
-from ._recording import Recording, concrete, noting_modules
+from ._recording import NotDifferentiable, Recording, concrete, noting_modules
 from ._split import swallowed
 from ._tree import Known, Spec, broadcast_prefix, flatten, unflatten
 
@@ -197,6 +197,7 @@ class Recorder:
     def _differentiate(self, outs: list[Any], inner: list[Any]) -> list[Any]:
         """Gradients of the results by everything that requires one, given cotangents that become inputs."""
         self.differentiable = []
+        self.refused: tuple[str, list[int]] | None = None
         if not torch.is_grad_enabled():
             return []
         chosen = [i for i, t in enumerate(outs) if type(t) is Tensor and t.requires_grad and not t.is_leaf]
@@ -212,6 +213,9 @@ class Recorder:
             found: Any = torch.autograd.grad(
                 [outs[i] for i in chosen], [*captured, *[inner[i] for i in given]], cotangents, allow_unused=True
             )
+        except NotDifferentiable as error:  # which matters only if somebody asks for the gradient
+            self.refused = str(error), chosen
+            return []
         except RuntimeError as error:
             if "second time" in str(error):  # the function has called backward itself: its results are just values
                 return []

@@ -25,6 +25,10 @@ from torchax.tensor import Tensor
 _STEP = np.array([0, 0, 1], np.uint32)
 
 
+class NotDifferentiable(RuntimeError):
+    """A gradient was asked for that does not exist."""
+
+
 class Recording(Traced):
     """One recorded call.
 
@@ -53,10 +57,14 @@ class Recording(Traced):
         self._payloads: set[int] = set()
 
     def read(self, tensor: Tensor) -> Any:
-        known = tensor._s.owner is self or id(tensor) in self.tensors
+        self.note(tensor)
+        return super().read(tensor)
+
+    def note(self, tensor: Tensor) -> None:
+        """Remember a parameter from outside that is read."""
+        known = tensor._s.owner is not None or id(tensor) in self.tensors
         if not known and tensor.is_leaf and (tensor.requires_grad or getattr(tensor, "_is_param", False)):
             self.tensors[id(tensor)] = tensor
-        return super().read(tensor)
 
     def load(self, storage: Storage) -> Any:
         if storage.owner is self:
