@@ -24,7 +24,6 @@ _SPARSE = "sparse layouts: JAX arrays are dense"
 
 _COMPLEX32 = "complex32 has no counterpart in JAX"
 _STATISTICS = "the statistics saved for 16-bit inputs are float32, as on other accelerators; CPU torch rounds them"
-_FIXED_POINT = "CPU torch interpolates uint8 in fixed point; here it is float32, rounded once, off by one at most steps"
 _LSTSQ = "values agree; CPU's strides are those of a window of LAPACK's padded buffer"
 _TIES = "equal elements may come in any order, and the gradients with them; in 16 bits there are many"
 _EIG = "JAX computes no general eigenvalues on TPU"
@@ -44,15 +43,6 @@ KNOWN: tuple[Known, ...] = (
         for op in ("native_layer_norm", "native_batch_norm", "_native_batch_norm_legit")
     ),
     Known("_batch_norm_with_update", _STATISTICS, ("forward", "noncontiguous", "jit"), _HALVES),
-    *(
-        Known(op, _FIXED_POINT, ("forward", "noncontiguous", "jit", "vmap"), ("uint8",))
-        for op in (
-            "nn.functional.interpolate.bilinear",
-            "nn.functional.interpolate.bicubic",
-            "nn.functional.upsample_bilinear",
-            "_upsample_bilinear2d_aa",
-        )
-    ),
     Known("gather", "out= overlaps the index only once it is resized, which happens after the check here", ("errors",)),
     Known(
         "fft.hfft2",

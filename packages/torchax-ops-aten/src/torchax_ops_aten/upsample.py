@@ -93,6 +93,30 @@ def _real(dtype):
     return np.float64 if dtype == jnp.float64 else np.float32
 
 
+def _fixed_point(taps: Taps) -> tuple[Taps, int]:
+    """Integer weights, scaled by a power of two as large as 16 bits allow, and its exponent."""
+    weight = np.ones(taps.index.shape) if taps.weight is None else taps.weight.astype(np.float64)
+    if taps.valid is not None:
+        weight = np.where(taps.valid, weight, 0)
+    # taps that the border clips to one input are rounded as one
+    same = taps.index[:, :, None] == taps.index[:, None, :]
+    first = same.argmax(2) == np.arange(taps.index.shape[1])
+    weight = np.where(first, (same * weight[:, None, :]).sum(2), 0)
+    bits = next((b for b in range(22) if int(0.5 + weight.max() * (1 << (b + 1))) >= 1 << 15), 22)
+    rounded = np.trunc(weight * (1 << bits) + np.where(weight < 0, -0.5, 0.5))
+    return Taps(taps.index, rounded.astype(np.int32)), bits
+
+
+def _bytes(x, output_size, taps):
+    """Images of bytes: each dimension in fixed point, the last one first, with bytes in between."""
+    for i in reversed(range(len(output_size))):
+        axis = x.ndim - len(output_size) + i
+        weighted, bits = _fixed_point(taps[i](x.shape[axis], output_size[i], np.float64))
+        total = resample(x.astype(jnp.int32), axis, weighted) + (1 << (bits - 1))
+        x = jnp.clip(total >> bits, 0, 255).astype(jnp.uint8)
+    return x
+
+
 def _forward(x, output_size, taps):
     wanted = wide(x)
     integer = not jnp.issubdtype(x.dtype, jnp.floating)
@@ -134,7 +158,8 @@ def _nearest_backward(exact, grad_output, output_size, input_size, *scales):
 
 
 def _kernel_forward(make, self, output_size, align_corners, *scales):
-    return _forward(self, output_size, _kernel_taps(make, align_corners, _all(scales, output_size)))
+    forward = _bytes if self.dtype == jnp.uint8 and len(output_size) == 2 and self.size else _forward
+    return forward(self, output_size, _kernel_taps(make, align_corners, _all(scales, output_size)))
 
 
 def _kernel_backward(make, grad_output, output_size, input_size, align_corners, *scales):
