@@ -19,6 +19,7 @@ from torchax.interop import (
     j2t_autograd,
     jax_value_and_grad,
     jax_view,
+    jax_vmap,
     t2j_autograd,
     torch_view,
 )
@@ -205,3 +206,108 @@ class Wrapper(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return gradient_checkpoint(self.block)(x)
+
+
+# Second derivatives, each world inside of the other -----------------------------------------------------------------
+TORCH_INSIDE = {
+    "jax_view": jax_view,
+    "t2j_autograd": t2j_autograd,
+    "torch_view": lambda f: jax_view(torch_view(jax_view(f))),
+    "torch.func": lambda f: lambda a: jax_view(lambda t: torch.func.grad(f)(t) * t)(a).sum() / 3,
+}
+
+
+@pytest.mark.parametrize("how", TORCH_INSIDE)
+def test_second_derivatives_by_jax(how: str) -> None:
+    """f is a sum of cubes, in torch; ``torch.func`` multiplies its gradient by x, which is three times f."""
+    f = TORCH_INSIDE[how](lambda t: (t**3).sum())
+    a = jnp.linspace(0.5, 1.5, 4)
+    for transform in (jax.grad, lambda g: jax.jit(jax.grad(g))):
+        np.testing.assert_allclose(transform(f)(a), 3 * a**2, rtol=1e-5)
+        np.testing.assert_allclose(transform(lambda x: (transform(f)(x) * a).sum())(a), 6 * a**2, rtol=1e-5)
+    np.testing.assert_allclose(jax.jacrev(jax.grad(f))(a), np.diag(6 * a), rtol=1e-5)
+    if how != "t2j_autograd":  # JAX has no forward mode for functions with a backward of their own
+        np.testing.assert_allclose(jax.hessian(f)(a), np.diag(6 * a), rtol=1e-5)
+
+
+def test_second_derivatives_by_torch() -> None:
+    """Gradients that JAX computes inside of torch functions, differentiated by torch; forward mode, too."""
+    x = torch.linspace(0.5, 1.5, 4, device="jax", requires_grad=True)
+    slope = torch_view(jax.grad(lambda a: (a**3).sum()))
+    torch.testing.assert_close(torch.autograd.grad(slope(x).sum(), x)[0], 6 * x.detach())
+    (g,) = torch.autograd.grad(torch_view(jax.grad(jax_view(lambda t: (t**4).sum())))(x).sum(), x, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(g.sum(), x)[0], 24 * x.detach())
+    cubes = torch_view(lambda a: (a**3).sum())
+    torch.testing.assert_close(torch.func.hessian(cubes)(x.detach()), torch.diag(6 * x.detach()))
+    torch.testing.assert_close(
+        torch.func.jvp(cubes, (x.detach(),), (torch.ones_like(x),))[1], (3 * x**2).sum().detach()
+    )
+    twice = jax_value_and_grad(lambda t: jax_value_and_grad(lambda s: (s**3).sum())(t)[1].sum())
+    torch.testing.assert_close(twice(x.detach())[1], 6 * x.detach())
+
+
+def test_t2j_autograd_keeps_torchs_double_backward() -> None:
+    class Cube(torch.autograd.Function):
+        """Its backward is itself a function with a backward of its own, which is off by ten."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Any:
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        def backward(ctx: Any, g: Any) -> Any:
+            return g * Square.apply(ctx.saved_tensors[0])
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Any:
+            ctx.save_for_backward(x)
+            return 3 * x**2
+
+        @staticmethod
+        def backward(ctx: Any, g: Any) -> Any:
+            return g * 60 * ctx.saved_tensors[0]
+
+    fn = t2j_autograd(lambda x: Cube.apply(x).sum())
+    a = jnp.arange(3.0)
+    np.testing.assert_allclose(jax.grad(lambda x: jax.grad(fn)(x).sum())(a), 60 * a)
+
+
+def test_t2j_autograd_of_complex_numbers() -> None:
+    c = 1 + 2j
+    by_torch = t2j_autograd(lambda z: (z * c).abs().square().sum() + z.imag.sum())
+    a = jnp.array([1 + 1j, 2 - 1j])
+    want = jax.grad(lambda z: (jnp.abs(z * c) ** 2).sum() + z.imag.sum())(a)
+    np.testing.assert_allclose(jax.grad(by_torch)(a), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_vmap_reaches_parameters(compiled: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2).to("jax")
+    scale = torch.ones(2, device="jax", requires_grad=True)
+    x = torch.randn(4, 3, device="jax")
+
+    def loss(batched: bool) -> torch.Tensor:
+        factor = (scale * 2)[:1]  # a view of what was computed outside
+        one = lambda row: layer(row).tanh() * factor
+        return (jax_vmap(one)(x) if batched else one(x)).square().sum()
+
+    found = []
+    for batched in (True, False):
+        for p in (*layer.parameters(), scale):
+            p.grad = None
+        run = torchax.compile(loss, static_argnums=(0,)) if compiled else loss
+        run(batched).backward()
+        found.append([p.grad for p in (*layer.parameters(), scale)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_gradients_that_get_lost_are_reported() -> None:
+    layer = nn.Linear(3, 2).to("jax")
+    x = torch.ones(1, 3, device="jax", requires_grad=True)
+    with pytest.warns(UserWarning, match=r"uses 2 tensor\(s\) that require a gradient .*extract_jax"):
+        call_jax(jax_view(layer), x).sum().backward()
+    assert layer.weight.grad is None and x.grad is not None

@@ -256,6 +256,20 @@ def test_in_the_background(name: str, tmp_path: pathlib.Path) -> None:
     assert torchax.load_checkpoint(tmp_path / name)["w"].tolist() == [4] * 64  # loading waits
 
 
+def test_the_end_of_the_program_waits(tmp_path: pathlib.Path) -> None:
+    code = """
+import sys, torch, torchax
+state = {"w": torch.arange(1_000_000, device="jax")}
+for name in ("a.pt", "folder"):
+    torchax.save_checkpoint(state, sys.argv[1] + "/" + name, wait=False)
+manager = torchax.interop.CheckpointManager(sys.argv[1] + "/run", wait=False)
+manager.save(3, state)
+"""
+    run_python(code, str(tmp_path))
+    for name in ("a.pt", "folder", "run"):
+        assert torchax.load_checkpoint(tmp_path / name)["w"][-1].item() == 999_999
+
+
 def test_a_failure_in_the_background(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torchax.save_checkpoint({"x": 1}, tmp_path / "a.pt")
 

@@ -27,6 +27,8 @@ from ._tree import flatten, tree_map, unflatten
 
 class _Local(threading.local):
     inside = False
+    noted: dict[int, torch.Tensor] | None = None  # see `noting`
+    dry = False
 
 
 _local = _Local()
@@ -74,6 +76,26 @@ class Entered(Traced):
 
     stop_gradients = True
 
+    def __init__(self, outer: Any, given: dict[Storage, Any] | None = None):
+        super().__init__(outer=outer)
+        self.given = frozenset(given or ())
+        self.captured.update(given or {})
+
+    def read(self, tensor: Tensor) -> Any:
+        if tensor.requires_grad and _local.noted is not None and not isinstance(tensor._s.owner, Entered):
+            root = tensor if tensor.is_leaf or tensor._base is None else tensor._base
+            if not self._is_given(root._s):
+                _local.noted[id(root)] = root
+        return super().read(tensor)
+
+    def _is_given(self, storage: Storage) -> bool:
+        trace: Any = self
+        while isinstance(trace, Entered):
+            if storage in trace.given:
+                return True
+            trace = trace.outer
+        return False
+
     def load(self, storage: Storage) -> Any:
         if (
             _random._META is not None
@@ -98,6 +120,8 @@ class Entered(Traced):
             root.branches[storage] = root.branches.get(storage, 0) + 1
             return root.load(storage) + np.array([0, root.branches[storage], 0], np.uint32)
         value = np.asarray(storage.value)
+        if _local.dry:
+            return _device_array(value)
         storage.value = value + _NEXT_STREAM
         storage.version += 1
         if isinstance(
@@ -131,6 +155,23 @@ def _device_array(value: np.ndarray) -> jax.Array:
         return jax.numpy.asarray(np.ascontiguousarray(value).reshape(value.shape))
 
 
+@contextlib.contextmanager
+def noting(dry: bool = False) -> Iterator[dict[int, torch.Tensor]]:
+    """Gives a dict that receives, by id, the tensors that entered torch code reads without being given them, and that require gradients.
+
+    Args:
+        dry: the code is traced for this alone: it does not take random numbers away from what follows.
+    """
+    noted, before, was_dry = {}, _local.noted, _local.dry
+    _local.noted, _local.dry = noted, dry or was_dry
+    try:
+        yield noted
+    finally:
+        _local.noted, _local.dry = before, was_dry
+        if before is not None:
+            before.update(noted)
+
+
 def to_tensor(x: Any) -> Any:
     """A `jax.Array` as a tensor, any other leaf as it is (PRNG keys, too: torch has no such dtype)."""
     if isinstance(x, jax.Array):
@@ -145,17 +186,26 @@ def to_array(x: Any) -> Any:
     return convert.t2j(x) if isinstance(x, torch.Tensor) else x
 
 
-def enter(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call `fn`, which takes and gives tensors, with nests of `jax.Array`s; gives nests of `jax.Array`s."""
+def enter(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[Storage, Any] | None = None
+) -> Any:
+    """Call `fn`, which takes and gives tensors, with nests of `jax.Array`s; gives nests of `jax.Array`s.
+
+    Args:
+        fn: the function.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        given: payloads for tensors from outside that it uses without being given them.
+    """
     leaves: list[Any] = []
     spec = flatten((args, kwargs), leaves)
     tracing = state.executor.owner is not None or under_jax()
-    tracing = tracing or any(isinstance(x, jax.core.Tracer) for x in leaves)
+    tracing = tracing or bool(given) or any(isinstance(x, jax.core.Tracer) for x in leaves)
     if not tracing:
         with jax_factories():
             a, k = unflatten(spec, iter([to_tensor(x) for x in leaves]))
             return tree_map(to_array, fn(*a, **k))
-    trace = Entered(outer=state.executor)
+    trace = Entered(state.executor, given)
     try:
         with executing(trace), jax_factories(), jax.enable_x64(True):
             a, k = unflatten(spec, iter([to_tensor(x) for x in leaves]))

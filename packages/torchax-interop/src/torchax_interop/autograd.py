@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch.utils.checkpoint
 from torch._C._functorch import peek_interpreter_stack
 from torchax import random as _random
 from torchax._execute import state
+from torchax._execute._where import user_line
 from torchax._storage import dense_meta
 from torchax.tensor import Tensor, wrap
 
-from ._enter import Entered, enter, to_array, to_tensor
+from ._enter import Entered, enter, noting, to_array, to_tensor
 from ._tree import flatten, tree_map, unflatten
 
 
@@ -64,6 +66,49 @@ def _differentiable(fn: Callable[..., Any], spec: Any, leaves: list[Any]) -> Any
     return unflatten(call.out_spec, iter(flat))
 
 
+def transformed(transform: Callable[[Any], Any], fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A JAX transformation of a torch function, over tensors; gradients reach what the function uses without being given it, too.
+
+    Args:
+        transform: takes a JAX function, gives one; it calls what it was given while JAX traces.
+        fn: takes and gives nests of tensors.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        plain = transform(lambda *a, **k: enter(fn, a, k))
+        used = _used(plain, args, kwargs) if torch.is_grad_enabled() else []
+        if not used:
+            return call_differentiable(plain, args, kwargs)
+
+        def lifted(arrays: list[Any], *a: Any, **k: Any) -> Any:
+            given = {t._s: _base(t, x) for t, x in zip(used, arrays, strict=True)}
+            return transform(lambda *a, **k: enter(fn, a, k, given))(*a, **k)
+
+        return call_differentiable(lifted, (used, *args), kwargs)
+
+    return call
+
+
+def _used(fn: Callable[..., Any], args: Any, kwargs: Any) -> list[Any]:
+    """Tensors that require gradients and that torch code in a JAX function uses without being given them: it is traced once."""
+    leaves: list[Any] = []
+    spec = flatten((args, kwargs), leaves)
+    where = [i for i, x in enumerate(leaves) if isinstance(x, (torch.Tensor, jax.Array))]
+    call = _Call(fn, spec, leaves, where)
+    arrays = [to_array(leaves[i]) for i in where]
+    own = {id(x) for x in leaves}
+    with noting(dry=True) as noted, jax.enable_x64(True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it runs again
+        jax.eval_shape(call.flat, *[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays])
+    return [t for t in noted.values() if id(t) not in own and type(t) is Tensor]
+
+
+def _base(t: Tensor, value: Any) -> Any:
+    """The payload of the tensor's storage in which the tensor has the value."""
+    view = t._v
+    return value if view is None else view.chain.write.fn(state.executor.load(t._s), value, *view.positions)
+
+
 class _Call:
     """One call of a JAX function: a flat function of the tensors' arrays, and after the run the nest of its results."""
 
@@ -99,6 +144,7 @@ class Bridge(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.call = inputs[0]
         ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
         ctx.kinds = [t.is_floating_point() or t.is_complex() for t in inputs[1:]]
         ctx.out_kinds = [t.is_floating_point() or t.is_complex() for t in output]
         ctx.mark_non_differentiable(*[t for t in output if not (t.is_floating_point() or t.is_complex())])
@@ -113,6 +159,13 @@ class Bridge(torch.autograd.Function):
         for i, g in zip(wanted, found, strict=True):
             result[i + 1] = g
         return tuple(result)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
+        tensors = ctx.saved_tensors
+        wanted = [i for i, (t, kind) in enumerate(zip(tangents, ctx.kinds, strict=True)) if kind and t is not None]
+        found = iter(j2t_autograd(_jvp(ctx.call, wanted))(list(tensors), [tangents[i] for i in wanted]))
+        return tuple(t if kind else None for t, kind in zip(found, ctx.out_kinds, strict=True))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: _Call, *tensors: Any) -> Any:
@@ -132,12 +185,43 @@ def _vjp(call: _Call, wanted: list[int], out_kinds: list[bool]) -> Callable[...,
             outs = call.flat(*full)
             return [o for o, kind in zip(outs, out_kinds, strict=True) if kind]
 
-        outs, vjp = jax.vjp(forward, *[arrays[i] for i in wanted])
+        with noting() as lost:
+            outs, vjp = jax.vjp(forward, *[arrays[i] for i in wanted])
+        if lost:
+            _warn_of_lost(list(lost.values()))
         # jax and torch disagree about the gradient of complex numbers by a conjugate
         found = vjp([_conj(g.astype(o.dtype)) for g, o in zip(cotangents, outs, strict=True)])
         return [_conj(g) for g in found]
 
     return run
+
+
+def _jvp(call: _Call, wanted: list[int]) -> Callable[..., Any]:
+    """(inputs, tangents of the wanted ones) -> tangents of the results, as a JAX function."""
+
+    def run(arrays: list[Any], tangents: list[Any]) -> list[Any]:
+        def forward(*chosen: Any) -> Any:
+            full = list(arrays)
+            for i, x in zip(wanted, chosen, strict=True):
+                full[i] = x
+            return call.flat(*full)
+
+        primals = [arrays[i] for i in wanted]
+        given = [t.astype(x.dtype) for t, x in zip(tangents, primals, strict=True)]
+        outs, found = jax.jvp(forward, primals, given)
+        return [t if t.dtype == o.dtype else jnp.zeros_like(o) for t, o in zip(found, outs, strict=True)]
+
+    return run
+
+
+def _warn_of_lost(tensors: list[torch.Tensor]) -> None:
+    shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:3])
+    warnings.warn(
+        f"a torch function inside of a JAX function uses {len(tensors)} tensor(s) that require a gradient (of shapes {shapes}) "
+        f"without being given them: they get none from here{user_line()}. Pass them as arguments: see torchax.extract_jax",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def _conj(x: Any) -> Any:
@@ -177,7 +261,8 @@ def t2j_autograd(fn: Callable[..., Any]) -> Callable[..., Any]:
     """A torch function as a JAX function whose gradient is torch's own backward.
 
     `jax_view` lets JAX differentiate what the torch function computed; this keeps custom `torch.autograd.Function`s and
-    `torch.no_grad` regions. The backward runs the forward again.
+    `torch.no_grad` regions. The backward runs the forward again, and is itself such a function: second derivatives are
+    torch's double backward.
 
     Args:
         fn: takes and gives nests of tensors, positionally.
@@ -191,37 +276,45 @@ def t2j_autograd(fn: Callable[..., Any]) -> Callable[..., Any]:
         return enter(fn, args, {}), args
 
     def backward(args: Any, cotangents: Any) -> Any:
-        return enter(functools.partial(_torch_backward, fn), (args, cotangents), {})
+        given = [x for x in jax.tree.leaves(cotangents) if x.dtype != jax.dtypes.float0]
+        leaves: list[Any] = []
+        spec = flatten(args, leaves)
+        grads = iter(t2j_autograd(functools.partial(_torch_backward, fn))(args, given))
+        floats = [isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
+        zeros = lambda x: np.zeros(np.shape(x), jax.dtypes.float0)
+        return unflatten(spec, iter([next(grads) if f else zeros(x) for f, x in zip(floats, leaves, strict=True)]))
 
     call.defvjp(forward, backward)
     return functools.wraps(fn)(lambda *args: call(*args)) if hasattr(fn, "__name__") else call
 
 
-def _torch_backward(fn: Callable[..., Any], args: Any, cotangents: Any) -> Any:
+def _torch_backward(fn: Callable[..., Any], args: Any, cotangents: list[Any]) -> list[Any]:
+    """Gradients of the floating leaves of `args`, given cotangents for the floating results."""
     leaves: list[Any] = []
     spec = flatten(args, leaves)
-    inputs = [x.detach().requires_grad_() if type(x) is Tensor and x.is_floating_point() else x for x in leaves]
-    wanted = [x for x in inputs if type(x) is Tensor and x.requires_grad]
+    again = any(isinstance(x, torch.Tensor) and x.requires_grad for x in (*leaves, *cotangents))
+    inputs = [_as_input(x) for x in leaves]
+    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
     with torch.enable_grad():
         outs: list[Any] = []
         flatten(fn(*unflatten(spec, iter(inputs))), outs)
-    given: list[Any] = []
-    flatten(cotangents, given)
-    pairs = [(o, g) for o, g in zip(outs, given, strict=True) if isinstance(o, torch.Tensor) and o.requires_grad]
-    found = (
-        torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-        if pairs
-        else [None] * len(wanted)
-    )
-    grads = iter(found)
-    result = []
-    for x in inputs:
-        if type(x) is Tensor and x.requires_grad:
-            g = next(grads)
-            result.append(torch.zeros_like(x) if g is None else g)
-        else:
-            result.append(np.zeros(tuple(x.shape), jax.dtypes.float0) if isinstance(x, torch.Tensor) else x)
-    return unflatten(spec, iter(result))
+    outs = [o for o in outs if isinstance(o, torch.Tensor) and (o.is_floating_point() or o.is_complex())]
+    pairs = [(o, g) for o, g in zip(outs, cotangents, strict=True) if o.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(x) for x in wanted]
+    with torch.set_grad_enabled(again):
+        # jax and torch disagree about the gradient of complex numbers by a conjugate
+        given = [g.conj() if g.is_complex() else g for _, g in pairs]
+        found = torch.autograd.grad([o for o, _ in pairs], wanted, given, allow_unused=True, create_graph=again)
+        found = [torch.zeros_like(x) if g is None else g for g, x in zip(found, wanted, strict=True)]
+        return [g.conj() if g.is_complex() else g for g in found]
+
+
+def _as_input(x: Any) -> Any:
+    """A leaf to differentiate by; one that is being differentiated by already stays."""
+    if not isinstance(x, torch.Tensor) or not (x.is_floating_point() or x.is_complex()) or x.requires_grad:
+        return x
+    return x.detach().requires_grad_()
 
 
 def jax_value_and_grad(

@@ -11,6 +11,7 @@ from torchax.errors import CheckpointError
 
 from . import _folder
 from ._nest import describe
+from ._saving import unfinished
 
 
 class CheckpointManager:
@@ -58,6 +59,8 @@ class CheckpointManager:
             self._manager.save(step, args=_folder.arguments(described.tree, described.tensors), force=True)
         if self._wait:
             self.wait()
+        else:
+            unfinished.add(self)
 
     def restore(self, step: int | None = None, target: Any = None, **options: Any) -> Any:
         """What was saved, the latest if no step is given. `target` and `options` are `load_checkpoint`'s.
@@ -101,6 +104,7 @@ class CheckpointManager:
         with _folder.quiet():
             self._manager.wait_until_finished()
             self._manager.close()
+        unfinished.discard(self)
 
     def __enter__(self) -> CheckpointManager:
         return self

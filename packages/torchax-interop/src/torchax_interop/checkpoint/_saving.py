@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import pathlib
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 
 class Saving:
@@ -59,7 +62,17 @@ def settle(path: pathlib.Path) -> None:
         saving._thread.join()
 
 
-@atexit.register
+unfinished: weakref.WeakSet[Any] = weakref.WeakSet()  # managers that may be writing
+
+
 def _settle_all() -> None:
     for saving in list(_running.values()):
         saving._thread.join()
+    for manager in list(unfinished):
+        manager.wait()
+
+
+# The end of the program waits. Orbax writes with the help of executors, which end before atexit's functions are called;
+# what is registered here after them comes before their end.
+importlib.import_module("concurrent.futures.thread")
+getattr(threading, "_register_atexit", atexit.register)(_settle_all)
