@@ -16,7 +16,7 @@ def _repeat_heads(query, key, value):
     key, value = (
         t
         if t.shape[-3] == query.shape[-3]
-        else jnp.repeat(t, query.shape[-3] // t.shape[-3], axis=-3, total_repeat_length=query.shape[-3])
+        else jnp.repeat(t, query.shape[-3] // t.shape[-3], axis=-3)
         for t in (key, value)
     )
     return key, value

@@ -36,11 +36,7 @@ def resample(x, axis: int, taps: Taps):
         count = repeats(index[:, 0], n)
         if count == 1:
             return x
-        return (
-            jnp.repeat(x, count, axis, total_repeat_length=n * count)
-            if count
-            else jnp.take(x, jnp.asarray(index[:, 0]), axis)
-        )
+        return jnp.repeat(x, count, axis) if count else jnp.take(x, jnp.asarray(index[:, 0]), axis)
     weight = taps.weight.astype(x.dtype)
     if index.shape[1] > _UNROLL:
         picked = jnp.take(x, jnp.asarray(index), axis)  # [..., out, T, ...]
