@@ -6,11 +6,12 @@ Everything here is also found as ``torchax.interop.NAME``.
 from __future__ import annotations
 
 from . import control_flow
-from .autograd import gradient_checkpoint, j2t_autograd, jax_value_and_grad, t2j_autograd
+from .autograd import j2t_autograd
 from .checkpoint import CheckpointManager, load_checkpoint, open_checkpoint, save_checkpoint
 from .compile import Compiled, compile
 from .jit import JittableModule, extract_all_buffers, extract_jax, jax_jit
-from .views import call_jax, call_torch, jax_view, jax_vmap, shard_map, torch_view
+from .transforms import gradient_checkpoint, jax_value_and_grad, jax_vmap, t2j_autograd
+from .views import call_jax, call_torch, jax_view, shard_map, torch_view
 
 __version__ = "0.1.0"
 

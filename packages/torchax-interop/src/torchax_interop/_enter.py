@@ -83,7 +83,7 @@ class Entered(Traced):
 
     def read(self, tensor: Tensor) -> Any:
         if tensor.requires_grad and _local.noted is not None and not isinstance(tensor._s.owner, Entered):
-            root = tensor if tensor.is_leaf or tensor._base is None else tensor._base
+            root: Any = tensor if tensor.is_leaf or tensor._base is None else tensor._base
             if not self._is_given(root._s):
                 _local.noted[id(root)] = root
         return super().read(tensor)

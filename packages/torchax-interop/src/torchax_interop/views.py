@@ -14,7 +14,7 @@ from torchax.tensor import Tensor
 
 from ._enter import enter, to_array, to_tensor
 from ._tree import tree_map
-from .autograd import call_differentiable, transformed
+from .autograd import call_differentiable
 
 
 def jax_view(x: Any) -> Any:
@@ -98,17 +98,4 @@ def _wrapped(x: Any, call: Callable[..., Any]) -> Callable[..., Any]:
         return call
 
 
-def jax_vmap(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
-    """`jax.vmap` of a torch function: takes and gives tensors.
-
-    Gradients go through, also to parameters that the function uses without being given them.
-
-    Args:
-        fn: takes and gives nests of tensors.
-        args: ``in_axes``, ``out_axes``, ... as for `jax.vmap`.
-        kwargs: the same as keywords.
-    """
-    return _wrapped(fn, transformed(lambda f: jax.vmap(f, *args, **kwargs), fn))
-
-
-__all__ = ["call_jax", "call_torch", "jax_view", "jax_vmap", "shard_map", "torch_view"]
+__all__ = ["call_jax", "call_torch", "jax_view", "shard_map", "torch_view"]
