@@ -4,7 +4,9 @@ import math
 
 import jax.numpy as jnp
 from jax import lax
-from torchax.ops import aten, lowering
+from torchax.ops import aten, lowering, raise_if
+
+from .shape import unfold_backward
 
 # Codes of torch: 0 leaves the sums as they are, 1 divides by the square root of their length, 2 by the length.
 _NONE, _ROOT, _LENGTH = 0, 1, 2
@@ -75,3 +77,42 @@ def fft_c2r(self, dim, normalization, last_dim_size):
     # the compiler's inverse divides by the length
     out = _over(x, [last], lax.FftType.IRFFT, [last_dim_size]) * last_dim_size
     return _normalized(out, math.prod(shape[d % self.ndim] for d in dim), normalization)
+
+
+@lowering(aten.istft.default, whole=True, checks=True, meta=False)
+def istft(
+    self,
+    n_fft,
+    hop_length=None,
+    win_length=None,
+    window=None,
+    center=True,
+    normalized=False,
+    onesided=None,
+    length=None,
+    return_complex=False,
+):
+    """Inverse of the short-time transform: overlapping frames are added up and divided by the sum of squared windows.
+
+    Kept whole because torch's decomposition asks for the values of that sum, which compiled functions do not know.
+    """
+    hop = n_fft // 4 if hop_length is None else hop_length
+    width = n_fft if win_length is None else win_length
+    window = jnp.ones((width,), jnp.finfo(self.dtype).dtype) if window is None else window
+    left = (n_fft - width) // 2
+    window = jnp.pad(window, (left, n_fft - width - left))
+    spectra, scale = jnp.swapaxes(self, -1, -2), _ROOT if normalized else _LENGTH
+    if return_complex:
+        frames = fft_c2c(spectra, [-1], scale, False)
+    else:
+        frames = fft_c2r(spectra[..., : n_fft // 2 + 1], [-1], scale, n_fft)
+    *batch, count, _ = frames.shape
+    total = n_fft + hop * (count - 1)
+    begin = n_fft // 2 if center else 0
+    end = begin + length if length is not None else total - begin
+    signal = unfold_backward(frames * window, [*batch, total], -1, n_fft, hop)[..., begin:end]
+    squares = jnp.broadcast_to(jnp.square(window), (count, n_fft))
+    envelope = unfold_backward(squares, [total], 0, n_fft, hop)[begin:end]
+    raise_if(jnp.abs(envelope) < 1e-11, RuntimeError, "istft: windows, squared and added up, are zero somewhere")
+    missing = end - begin - signal.shape[-1]
+    return jnp.pad(signal / envelope, [*[(0, 0)] * len(batch), (0, missing)])
