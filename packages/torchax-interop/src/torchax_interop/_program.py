@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import operator
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -107,11 +108,13 @@ class Program:
         donated = [i for i, s in enumerate(self.storages) if s in written] if recorder.options.donate_state else []
         first_argument = captured + n_constants
         donate = recorder.options.donate
-        donated += [
+        overwritten = set(self.changed) if recorder.options.donate_state else set()
+        self.donated_arguments = [
             first_argument + k
             for k, g in enumerate(self.groups)
-            if g.kind != "cpu" and all(donate(i) for i in g.members)
+            if g.kind != "cpu" and (k in overwritten or all(donate(i) for i in g.members))
         ]
+        donated += self.donated_arguments
         jit = recorder.options.jit
         layout = output_layout(self, recorder)
         flat = _Flat(jaxpr, embedded)
@@ -155,6 +158,8 @@ class Program:
             arrays += [g.value(leaves) for g in self.groups]
         else:
             arrays += [_placed(g.value(leaves), self.in_shardings[g.members[0]]) for g in self.groups]
+        if self.donated_arguments and len(set(map(id, arrays))) < len(arrays):
+            self._make_distinct(arrays)
         if self.halves is None:
             with jax.enable_x64(True):
                 outs = self._run(*arrays)
@@ -166,6 +171,13 @@ class Program:
             outs = call.outs
         self._write_back(leaves, outs)
         return self._results(leaves, outs, found)
+
+    def _make_distinct(self, arrays: list[Any]) -> None:
+        """An argument that is overwritten may be passed as something else, too: it then gives a copy away."""
+        counts = collections.Counter(map(id, arrays))
+        for i in self.donated_arguments:
+            if counts[id(arrays[i])] > 1:
+                arrays[i] = jnp.copy(arrays[i])
 
     def _write_back(self, leaves: list[Any], outs: Any) -> None:
         n_results, n_written, n_survivors, n_changed = self.counts
