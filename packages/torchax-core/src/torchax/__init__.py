@@ -19,7 +19,7 @@ _backend.install()
 _operators.install()
 _control_flow.install()
 
-from . import amp, convert, device, dtypes, hookspecs, ops, plugins, random  # noqa: E402
+from . import amp, convert, debug, device, dtypes, hookspecs, ops, plugins, random  # noqa: E402
 from .convert import from_dlpack  # noqa: E402
 from .environment import (  # noqa: E402
     default_env,
@@ -37,7 +37,7 @@ __version__ = "0.1.0"
 
 # Names that live in torchax-interop, loaded on first use.
 _INTEROP = ("compile", "extract_jax", "load_checkpoint", "save_checkpoint")
-_MODULES = ("interop", "view")
+_MODULES = ("distributed", "export", "flax", "interop", "mesh_util", "train", "view")
 
 
 def __getattr__(name: str) -> Any:
@@ -51,11 +51,11 @@ def __getattr__(name: str) -> Any:
 
 
 if TYPE_CHECKING:
-    from . import interop, view
+    from . import distributed, export, interop, mesh_util, view
     from .interop import compile, extract_jax, load_checkpoint, save_checkpoint
 
 __all__ = [
-    "Generator", "Tensor", "amp", "compile", "config", "convert", "default_env", "device", "disable_globally", "dtypes",
+    "Generator", "Tensor", "amp", "compile", "config", "convert", "debug", "default_env", "device", "disable_globally", "dtypes",
     "enable_accuracy_mode", "enable_globally", "enable_performance_mode", "errors", "extract_jax", "from_dlpack", "hookspecs",
     "interop", "load_checkpoint", "ops", "plugins", "random", "save_checkpoint", "view",
 ]  # fmt: skip

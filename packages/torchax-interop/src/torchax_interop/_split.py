@@ -73,7 +73,8 @@ def split(
     needed, backward_ids = set(_variables(gradients)), set()
     for e in reversed(jaxpr.eqns):
         outs = [o for o in e.outvars if o in needed]
-        if outs and (id(e) not in forward_ids or e.primitive.name in _CHEAP):
+        acts = e.effects and id(e) not in forward_ids  # a print of a gradient
+        if acts or (outs and (id(e) not in forward_ids or e.primitive.name in _CHEAP)):
             backward_ids.add(id(e))
             needed.difference_update(outs)
             needed.update(_variables(e.invars))
