@@ -312,3 +312,24 @@ def test_gradients_that_get_lost_are_reported() -> None:
     with pytest.warns(UserWarning, match=r"uses 2 tensor\(s\) that require a gradient .*extract_jax"):
         call_jax(jax_view(layer), x).sum().backward()
     assert layer.weight.grad is None and x.grad is not None
+
+
+@pytest.mark.parametrize("how", ["torch_view", "jax_vmap", "j2t_autograd", "compiled"])
+def test_random_numbers_are_the_same_in_the_backward(how: str) -> None:
+    drop = lambda t: F.dropout(t, 0.5)
+    x = torch.ones(3, 40, device="jax", requires_grad=True)
+    calls = {
+        "torch_view": torch_view(jax_view(drop)),
+        "jax_vmap": jax_vmap(drop),
+        "j2t_autograd": j2t_autograd(jax_view(drop)),
+        "compiled": torchax.compile(jax_vmap(drop)),
+    }
+    seen = []
+    for _ in range(3):
+        x.grad = None
+        out = calls[how](x)
+        drop(x)  # other numbers, in between
+        out.sum().backward()
+        torch.testing.assert_close(out.detach(), x.grad)
+        seen.append(str(out.tolist()))
+    assert len(set(seen)) == 3

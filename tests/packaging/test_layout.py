@@ -136,6 +136,7 @@ def test_imports_are_declared(file: pathlib.Path) -> None:
         requirements = list(project(toml)["dependencies"])
         if "testing" in file.parts or file.name == "pytest_plugin.py":
             requirements += project(toml)["optional-dependencies"]["testing"]
+        requirements += project(toml).get("optional-dependencies", {}).get(file.stem, [])  # a module for one extra
         for requirement in requirements:
             name = re.split(r"[=<>\[ ]", requirement)[0]
             declared.add(IMPORTED_AS.get(name, name.replace("-", "_")))

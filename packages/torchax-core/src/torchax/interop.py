@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchax_interop import *  # noqa: F403
 
 
-def _load() -> Any:
+def _load(name: str = "torchax_interop") -> Any:
     try:
-        import torchax_interop
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != "torchax_interop":
             raise
@@ -18,7 +19,6 @@ def _load() -> Any:
             "torchax.interop, torchax.compile and checkpoints are in the distribution torchax-interop, which is not "
             "installed: pip install torchax-interop"
         ) from None
-    return torchax_interop
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,8 @@ from .autograd import j2t_autograd
 from .checkpoint import CheckpointManager, load_checkpoint, open_checkpoint, save_checkpoint
 from .compile import Compiled, compile
 from .jit import JittableModule, extract_all_buffers, extract_jax, jax_jit
+from .modules import JaxModule
+from .optimizer import OptaxOptimizer
 from .rules import Rule, by_name, data_parallel, fsdp, tensor_parallel
 from .sharding import bytes_per_device, constrain, deferred_init, shard_batch, shard_module, shard_optimizer
 from .transforms import gradient_checkpoint, jax_value_and_grad, jax_vmap, t2j_autograd
@@ -22,9 +24,11 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointManager",
     "Compiled",
+    "JaxModule",
     "JittableModule",
-    "ScannedLayers",
+    "OptaxOptimizer",
     "Rule",
+    "ScannedLayers",
     "by_name",
     "bytes_per_device",
     "call_jax",
@@ -48,8 +52,8 @@ __all__ = [
     "make_mesh",
     "open_checkpoint",
     "save_checkpoint",
-    "shard_batch",
     "scan_layers",
+    "shard_batch",
     "shard_map",
     "shard_module",
     "shard_optimizer",

@@ -138,7 +138,8 @@ class Entered(Traced):
     def close(self) -> None:
         """End: what was written outside is lost, or passed on to the trace around."""
         self.closed = True
-        lost = [s for s in self.values if s.geometry is not _random._META]
+        changed = [s for s, value in self.values.items() if value is not self.captured.get(s)]
+        lost = [s for s in changed if s.geometry is not _random._META]
         if lost:
             shapes = ", ".join(f"{s.geometry.jax_dtype}{list(s.geometry.shape)}" for s in lost[:3])
             warnings.warn(
@@ -170,6 +171,38 @@ def noting(dry: bool = False) -> Iterator[dict[int, torch.Tensor]]:
         _local.noted, _local.dry = before, was_dry
         if before is not None:
             before.update(noted)
+
+
+def _recording() -> Any:
+    """The recording that this thread's traces belong to, if any."""
+    root = state.executor
+    while getattr(root, "outer", None) is not None:
+        root = root.outer
+    return root if hasattr(root, "branches") else None
+
+
+def random_state() -> tuple[Any, int]:
+    """Where random numbers stand now, for `same_random`."""
+    storage = _random.default(0).storage
+    recording = _recording()
+    return state.executor.load(storage), 0 if recording is None else recording.branches.get(storage, 0)
+
+
+@contextlib.contextmanager
+def same_random(before: tuple[Any, int]) -> Iterator[None]:
+    """Within, entered code draws the numbers that it drew where `before` was taken; what follows is not affected."""
+    storage, recording, now = _random.default(0).storage, _recording(), random_state()
+    _set_random(storage, recording, before)
+    try:
+        yield
+    finally:
+        _set_random(storage, recording, now)
+
+
+def _set_random(storage: Storage, recording: Any, values: tuple[Any, int]) -> None:
+    state.executor.store(storage, values[0])
+    if recording is not None:
+        recording.branches[storage] = values[1]
 
 
 def to_tensor(x: Any) -> Any:

@@ -16,7 +16,7 @@ from torchax._execute import state
 from torchax._execute._where import user_line
 from torchax.tensor import Tensor
 
-from ._enter import enter, noting, to_array, to_tensor
+from ._enter import enter, noting, random_state, same_random, to_array, to_tensor
 from ._tree import flatten, tree_map, unflatten
 
 
@@ -115,6 +115,7 @@ class _Call:
         self.out_spec: Any = None
         self.out_where: list[int] = []
         self.rest: list[Any] = []
+        self.random: Any = None
 
     def flat(self, *arrays: Any) -> tuple[Any, ...]:
         full = list(self.leaves)
@@ -133,6 +134,7 @@ class Bridge(torch.autograd.Function):
 
     @staticmethod
     def forward(call: _Call, *tensors: torch.Tensor) -> Any:  # type: ignore[override]
+        call.random = random_state()
         arrays = [to_array(t) for t in tensors]
         with in_64_bit(tensors):
             return tuple(_fresh(x, arrays) for x in call.flat(*arrays))
@@ -182,7 +184,7 @@ def _vjp(call: _Call, wanted: list[int], out_kinds: list[bool]) -> Callable[...,
             outs = call.flat(*full)
             return [o for o, kind in zip(outs, out_kinds, strict=True) if kind]
 
-        with noting() as lost:
+        with noting() as lost, _again(call):
             outs, vjp = jax.vjp(forward, *[arrays[i] for i in wanted])
         if lost:
             _warn_of_lost(list(lost.values()))
@@ -205,10 +207,15 @@ def _jvp(call: _Call, wanted: list[int]) -> Callable[..., Any]:
 
         primals = [arrays[i] for i in wanted]
         given = [t.astype(x.dtype) for t, x in zip(tangents, primals, strict=True)]
-        outs, found = jax.jvp(forward, primals, given)
+        with _again(call):
+            outs, found = jax.jvp(forward, primals, given)
         return [t if t.dtype == o.dtype else jnp.zeros_like(o) for t, o in zip(found, outs, strict=True)]
 
     return run
+
+
+def _again(call: _Call) -> Any:
+    return _nothing if call.random is None else same_random(call.random)
 
 
 def _warn_of_lost(tensors: list[torch.Tensor]) -> None:

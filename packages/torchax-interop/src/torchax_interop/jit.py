@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import torch
+from torchax import random as _random
 
 from ._enter import enter, to_array
 from .compile import Compiled
@@ -45,23 +47,36 @@ def extract_all_buffers(module: torch.nn.Module) -> tuple[States, States]:
     return params, buffers
 
 
-def extract_jax(module: torch.nn.Module, method: str | None = None) -> tuple[dict[str, jax.Array], Callable[..., Any]]:
+def extract_jax(
+    module: torch.nn.Module, method: str | None = None, *, mutable: bool = False
+) -> tuple[dict[str, jax.Array], Callable[..., Any]]:
     """A module as JAX sees it: its state, and a pure function.
 
     Args:
         module: on any device; CPU tensors are copied.
         method: the method that the function calls; the module itself if None.
+        mutable: the function also gives the state after the call, with the running statistics that it wrote.
 
     Returns:
-        ``(states, fn)``: parameters and buffers by name, and ``fn(states, args, kwargs=None)`` over nests of
-        `jax.Array`s, for `jax.jit`, `jax.grad` and the like.
+        ``(states, fn)``: parameters and buffers by name, and ``fn(states, args, kwargs=None, *, key=None)`` over nests of
+        `jax.Array`s, for `jax.jit`, `jax.grad` and the like. With a ``key`` random numbers are drawn from it; without,
+        they come from torchax's state, and are the same in every call of a compiled function. With `mutable` the function
+        gives ``(result, states)``.
     """
     params, buffers = extract_all_buffers(module)
     states = {name: to_array(t.detach()) for name, t in {**params, **buffers}.items()}
 
-    def fn(states: dict[str, Any], args: Any, kwargs: dict[str, Any] | None = None) -> Any:
+    def call(states: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = call_with(module, method, states, args, kwargs)
+        return (out, states) if mutable else out
+
+    def fn(states: dict[str, Any], args: Any, kwargs: dict[str, Any] | None = None, *, key: Any = None) -> Any:
         args = args if isinstance(args, tuple) else tuple(args) if isinstance(args, list) else (args,)
-        return enter(lambda s, a, k: call_with(module, method, s, a, k), (states, args, kwargs or {}), {})
+        given = None
+        if key is not None:
+            seed = jax.random.bits(key, (2,), "uint32")
+            given = {_random.default(0).storage: jnp.append(seed, jnp.uint32(0))}
+        return enter(call, (states, args, kwargs or {}), {}, given)
 
     return states, fn
 
@@ -93,9 +108,10 @@ def call_with(
     """
     if method is None or method == "forward":
         return torch.func.functional_call(module, states, args, kwargs)
-    return torch.func.functional_call(
-        _Method(module, method), {f"module.{k}": v for k, v in states.items()}, args, kwargs
-    )
+    inside = {f"module.{k}": v for k, v in states.items()}
+    out = torch.func.functional_call(_Method(module, method), inside, args, kwargs)
+    states.update({k: inside[f"module.{k}"] for k in states})  # buffers that were replaced, as functional_call does
+    return out
 
 
 class JittableModule(torch.nn.Module):
