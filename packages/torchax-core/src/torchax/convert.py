@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from . import dtypes, errors
 from ._checks import settle
 from ._execute import Program, state
+from ._registry import REGISTRY
 from ._storage import PendingStorage, Storage, TensorMeta, dense_meta, meta_of, physical_order
 from ._views import strided_view
 from .tensor import Tensor, make, wrap
@@ -123,9 +126,29 @@ def jax_device(index: int) -> jax.Device:  # pyright: ignore[reportInvalidTypeFo
     return devices[index]
 
 
+_target: str | None = None
+
+
 def platform(index: int) -> str:
-    """``cpu``, ``gpu`` or ``tpu``: the platform that device ``jax:index`` computes on."""
-    return jax_device(index).platform
+    """``cpu``, ``gpu`` or ``tpu``: the platform that device ``jax:index`` computes on, or is being compiled for."""
+    return _target or jax_device(index).platform
+
+
+@contextlib.contextmanager
+def compiling_for(name: str) -> Iterator[None]:
+    """Within, lowerings are chosen for another platform than this machine's: to trace what is compiled ahead of time.
+
+    Args:
+        name: ``cpu``, ``gpu`` or ``tpu``.
+    """
+    global _target
+    before, _target = _target, name
+    REGISTRY.changed()
+    try:
+        yield
+    finally:
+        _target = before
+        REGISTRY.changed()
 
 
 # ---------------------------------------------------------------------- JAX -> CPU
@@ -154,8 +177,9 @@ def host_array(value: Any, what: str) -> np.ndarray:
         return np.asarray(value)
     except RuntimeError as error:
         if "deleted" in str(error):
-            raise RuntimeError(
-                f"{what}: the tensor's buffer was donated to a compiled function and is gone; use that function's result instead"
+            raise errors.BufferDonated(
+                f"{what}: the tensor's buffer was given away to a compiled function, which has overwritten it. Use the tensor that "
+                "was written, make a copy before the call (.clone(), jnp.copy), or compile with donate_state=False"
             ) from error
         raise
 

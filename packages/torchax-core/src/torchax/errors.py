@@ -21,6 +21,10 @@ class Retraced(TorchaxError, RuntimeError):
     """A compiled function needs another recording, and was told to refuse that (``on_retrace="error"``)."""
 
 
+class BufferDonated(TorchaxError, RuntimeError):
+    """A tensor is read whose buffer a compiled function has overwritten (it was written there, under another name)."""
+
+
 class UnsupportedDtype(TorchaxError, TypeError):
     """JAX and torch have no common type for the values."""
 

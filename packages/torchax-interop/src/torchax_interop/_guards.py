@@ -11,12 +11,14 @@ from torchax._sharding import pins
 from torchax._storage import Storage
 from torchax.tensor import Tensor
 
+from ._reach import Places
 from ._recording import Recording
 
 _storage_of = operator.attrgetter("_s")
 _training_of = operator.itemgetter("training")
 _requires_grad_of = operator.attrgetter("requires_grad")
 _grad_of = operator.attrgetter("grad")
+plain_attributes = torch._C.DisableTorchFunctionSubclass  # within, torch's attributes are read twice as fast
 
 
 class Guards:
@@ -43,9 +45,11 @@ class Guards:
         # a gradient that was replaced unread does not matter
         self.without_grad = [t for t, g in grads.values() if g is None]
         captured = recording.captured
-        self.exact_grads = [(t, g) for t, g in grads.values() if type(g) is Tensor and g._s in captured]
+        exact = [(t, g) for t, g in grads.values() if type(g) is Tensor and g._s in captured]
+        self.with_grad, self.exact_grads = [t for t, _ in exact], [g for _, g in exact]
         self.captured: frozenset[Storage] = frozenset(captured)
         self.replaced: dict[int, Storage] = {}
+        self.places: Places | None = None
         self.pinned: list[tuple[Storage, Any]] = []
         self.epoch = pins.epoch
 
@@ -59,20 +63,22 @@ class Guards:
             if any(s.sharding != sharding for s, sharding in self.pinned):
                 return "a tensor that the function uses was laid out anew over devices"
             self.epoch = pins.epoch
-        if not all(map(operator.is_, map(_storage_of, self.tensors), self.storages)):
+        if list(map(_storage_of, self.tensors)) != self.storages:
             return "a parameter got another storage"
-        if list(map(_requires_grad_of, self.differentiated)) != self.requires_grad:
-            return "requires_grad of a parameter was changed"
-        if not all(map(operator.is_, map(_grad_of, self.without_grad), itertools.repeat(None))):
-            return "a parameter has a gradient now"
-        for t, g in self.exact_grads:
-            if t.grad is not g:
+        with plain_attributes():
+            if list(map(_requires_grad_of, self.differentiated)) != self.requires_grad:
+                return "requires_grad of a parameter was changed"
+            if not all(map(operator.is_, map(_grad_of, self.without_grad), itertools.repeat(None))):
+                return "a parameter has a gradient now"
+            if not all(map(operator.is_, map(_grad_of, self.with_grad), self.exact_grads)):
                 return "the gradient of a parameter was replaced"
         if list(map(_training_of, self.modules)) != self.training:
             return "a module was switched between training and evaluation"
         now = itertools.chain.from_iterable(map(dict.values, self.tables))
         if list(map(len, self.tables)) != self.sizes or not all(map(operator.is_, now, self.members)):
             return "a parameter or buffer of a module was replaced"
+        if self.places is not None and (lost := self.places.lost()):
+            return lost
         for optimizer, state, groups in self.optimizers:
             if optimizer.state is not state or optimizer.param_groups is not groups:
                 return "the state of an optimizer was replaced"

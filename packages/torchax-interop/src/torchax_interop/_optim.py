@@ -6,10 +6,12 @@ So around each recorded `step()` the groups are made capturable with a tensor as
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torchax._execute._where import user_line
 from torchax._storage import Storage, dense_meta
 from torchax.tensor import Tensor, make
 
@@ -128,6 +130,32 @@ def _move(recording: Recording, state: dict[str, Any], name: str, value: torch.T
     with outside():
         state[name] = value.to(device)
     recording.undo.append(lambda: state.__setitem__(name, value))
+
+
+# ---------------------------------------------------------------------- schedulers
+def refuse_schedulers() -> None:
+    """From now on, a scheduler that steps while something is recorded says that it belongs outside."""
+    kinds: list[Any] = [torch.optim.lr_scheduler.LRScheduler]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        step = kind.__dict__.get("step")
+        if step is not None and not hasattr(step, "__torchax__"):
+            kind.step = _refusing(step)
+
+
+def _refusing(step: Any) -> Any:
+    @functools.wraps(step)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if current() is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}.step() is called inside of a compiled function{user_line()}: it changes Python numbers, "
+                "which a program cannot do again at every call. Call it outside, after the compiled function; the learning rate "
+                "is an input of the program, so nothing is compiled again"
+            )
+        return step(self, *args, **kwargs)
+
+    call.__torchax__ = step  # type: ignore[attr-defined]
+    return call
 
 
 register_optimizer_step_pre_hook(_before)

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from torch._C import _functions
-from torchax import convert
+from torchax import convert, errors
+from torchax._execute._where import donated, user_line
 from torchax._storage import Storage, TensorMeta, dense_meta
 from torchax.tensor import Tensor, make, wrap
 
 from . import _optim as _optim
 from ._groups import dense
-from ._guards import Guards
+from ._guards import Guards, plain_attributes
 from ._layout import laid_out, output_layout, settle_source
 from ._split import split
 from ._tree import Known, unflatten
@@ -67,6 +68,8 @@ class Program:
             key for key, (_, g) in recorder.grads.items() if type(g) is Tensor and g._s in recording.captured
         }
         self.guards = Guards(recording, {k: v for k, v in recorder.grads.items() if k in relevant})
+        recorder.places.only(lambda t: type(t) is Tensor and t._s in recording.captured)
+        self.guards.places = recorder.places
         self.guards.replaced = {
             i: recorder.leaves[i]._s
             for g in self.groups
@@ -161,8 +164,11 @@ class Program:
         if self.donated_arguments and len(set(map(id, arrays))) < len(arrays):
             self._make_distinct(arrays)
         if self.halves is None:
-            with jax.enable_x64(True):
-                outs = self._run(*arrays)
+            try:
+                with jax.enable_x64(True):
+                    outs = self._run(*arrays)
+            except (RuntimeError, ValueError) as error:
+                raise _explained(error, arrays) from error
             found: Any = ()
         else:
             call = _Call(self, arrays)
@@ -192,7 +198,11 @@ class Program:
         end += n_survivors
         for k, value in zip(self.changed, outs[end : end + n_changed], strict=True):
             self.groups[k].store(leaves, value)
-        if not all(map(operator.is_, map(_grad_of, self.graded), self.graded_with)):
+        if not self.graded:
+            return
+        with plain_attributes():
+            same = all(map(operator.is_, map(_grad_of, self.graded), self.graded_with))
+        if not same:
             for t, grad in self.set_grads:
                 t.grad = grad
 
@@ -243,6 +253,12 @@ class Program:
         return self.guards.failure(leaves, self.tensor_leaves)
 
 
+def _explained(error: Exception, arrays: list[Any], begin: str = "") -> Exception:
+    """The exception to raise for one of JAX's."""
+    gone = donated(arrays)
+    return error if gone is None else errors.BufferDonated(f"{begin}{gone}{user_line()}")
+
+
 def _placed(value: Any, sharding: Any) -> Any:
     return value if sharding is None else jax.device_put(value, sharding)
 
@@ -291,8 +307,11 @@ class Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *roots: torch.Tensor) -> Any:  # type: ignore[override]
         program = call.program
-        with jax.enable_x64(True):
-            outs = program._run(*call.arrays)
+        try:
+            with jax.enable_x64(True):
+                outs = program._run(*call.arrays)
+        except (RuntimeError, ValueError) as error:
+            raise _explained(error, call.arrays) from error
         n = sum(program.counts)
         ctx.program = program
         ctx.kept = [call.arrays[i] for i in program.kept] + list(outs[n:])
@@ -309,8 +328,13 @@ class Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
         program = ctx.program
         given = [g.jax() for g, used in zip(grads, program.given_cotangents, strict=True) if used]
-        with jax.enable_x64(True):
-            found = program._backward(*ctx.kept, *given)
+        try:
+            with jax.enable_x64(True):
+                found = program._backward(*ctx.kept, *given)
+        except (RuntimeError, ValueError) as error:
+            raise _explained(
+                error, ctx.kept, "the backward of a compiled function needs a value that is gone: "
+            ) from error
         out: list[Any] = []
         for g, root in zip(found, ctx.metas, strict=True):
             out.append(wrap(g, dense(root)) if type(root) is TensorMeta else convert.to_torch(np.asarray(g)))

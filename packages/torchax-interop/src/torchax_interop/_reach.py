@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import types
 from typing import Any
 
@@ -75,3 +76,69 @@ def _users(x: Any) -> bool:
         "functools",
         "types",
     }
+
+
+class Places:
+    """Where a function finds tensors and modules: variables that it closes over, globals that it names, attributes, lists.
+
+    Made before a recording, with what is there; `hold` then says whether it is there still.
+
+    Args:
+        fn: the function.
+    """
+
+    def __init__(self, fn: Any):
+        self.cells: list[tuple[Any, Any]] = []
+        self.entries: list[tuple[dict[Any, Any], Any, Any]] = []
+        self.lists: list[tuple[list[Any], list[Any]]] = []
+        queue: list[tuple[Any, int]] = [(fn, 0)]
+        seen: set[int] = set()
+        while queue and len(seen) < _LIMIT:
+            x, depth = queue.pop()
+            if id(x) in seen or depth > 6 or isinstance(x, (torch.Tensor, torch.nn.Module, torch.optim.Optimizer)):
+                continue
+            seen.add(id(x))
+            self._note(x)
+            queue.extend((y, depth + 1) for y in _parts(x))
+
+    def _note(self, x: Any) -> None:
+        if isinstance(x, types.FunctionType):
+            self.cells += [(c, c.cell_contents) for c in x.__closure__ or () if _filled(c) and _holds(c.cell_contents)]
+            if _users(x):
+                named = x.__globals__
+                self.entries += [(named, n, named[n]) for n in x.__code__.co_names if _holds(named.get(n))]
+        elif isinstance(x, list):
+            if any(map(_holds, x)):
+                self.lists.append((x, list(x)))
+        elif isinstance(x, dict):
+            self.entries += [(x, k, v) for k, v in x.items() if _holds(v)]
+        elif hasattr(x, "__dict__") and not isinstance(x, (type, types.ModuleType)) and _users(x):
+            self.entries += [(vars(x), k, v) for k, v in vars(x).items() if _holds(v)]
+
+    def only(self, used: Any) -> None:
+        """Forget tensors of which `used` is false."""
+        matters = lambda v: not isinstance(v, torch.Tensor) or used(v)
+        self.cells = [(c, v) for c, v in self.cells if matters(v)]
+        self.entries = [(d, k, v) for d, k, v in self.entries if matters(v)]
+        self.lists = [(x, values) for x, values in self.lists if any(_holds(v) and matters(v) for v in values)]
+
+    def lost(self) -> str | None:
+        """What is not there any more, in words."""
+        for cell, value in self.cells:
+            if not _filled(cell) or cell.cell_contents is not value:
+                return f"a variable that the function closes over holds another {_word(value)}"
+        for table, key, value in self.entries:
+            if table.get(key) is not value:
+                return f"{key!r} is another {_word(value)}, or none"
+        for found, values in self.lists:
+            if len(found) != len(values) or not all(map(operator.is_, found, values)):
+                return "a list of tensors that the function uses has changed"
+        return None
+
+
+def _holds(x: Any) -> bool:
+    return isinstance(x, (torch.Tensor, torch.nn.Module, torch.optim.Optimizer))
+
+
+def _word(x: Any) -> str:
+    return "tensor" if isinstance(x, torch.Tensor) else type(x).__name__

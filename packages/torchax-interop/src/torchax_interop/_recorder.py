@@ -15,11 +15,11 @@ from torchax._execute import executing
 from torchax._storage import Storage, TensorMeta, meta_of
 from torchax.tensor import Tensor, make, wrap
 
-from . import _optim as _optim
 from ._enter import jax_factories
 from ._groups import Options, dense, group_leaves
+from ._optim import refuse_schedulers
 from ._program import Program
-from ._reach import reachable_tensors
+from ._reach import Places, reachable_tensors
 from ._recording import NotDifferentiable, Recording, concrete, noting_modules
 from ._split import swallowed
 from ._tree import Known, Spec, broadcast_prefix, flatten, unflatten
@@ -67,6 +67,7 @@ class Recorder:
         self.fn, self.leaves, self.spec, self.options, self.explicit = fn, leaves, spec, options, explicit
         self.groups = group_leaves(leaves)
         self.recording = Recording()
+        self.places = Places(fn)
         self.grads: dict[int, tuple[torch.Tensor, Any]] = {
             id(t): (t, t.grad) for t in reachable_tensors(fn, leaves, known)
         }
@@ -75,6 +76,7 @@ class Recorder:
 
     def run(self) -> tuple[Program, list[Any]]:
         recording = self.recording
+        refuse_schedulers()
         try:
             with jax.enable_x64(True):
                 arrays = [g.value(self.leaves) for g in self.groups]

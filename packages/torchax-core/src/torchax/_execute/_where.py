@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.core
 import torch
 
 from .. import errors
@@ -44,8 +45,22 @@ def failure(error: Exception, name: str, operands: Sequence[Any]) -> Exception:
             f"{name} needs values that are not known while a function is traced{user_line()}; use torch.where, "
             "or run this part outside of the traced function"
         )
+    if gone := donated(operands):
+        return errors.BufferDonated(f"{name}: {gone}{user_line()}")
     described = ", ".join(_describe(o) for o in operands)
     return errors.LoweringError(f"{name} failed on ({described}){user_line()}: {type(error).__name__}: {error}")
+
+
+def donated(arrays: Sequence[Any]) -> str | None:
+    """What is wrong, and what to do, where one of the arrays is there no more; else None."""
+    for x in arrays:
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
+            return (
+                f"the buffer of a tensor, {_describe(x)}, was given away to a compiled function, which has overwritten it. Use "
+                "the tensor that was written, make a copy before the call (.clone(), jnp.copy), or compile with "
+                "donate_state=False"
+            )
+    return None
 
 
 def _describe(operand: Any) -> str:
