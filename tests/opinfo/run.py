@@ -73,7 +73,9 @@ def main() -> int:
             jax.clear_caches()  # thousands of loaded programs are gigabytes
     print(summary(results))
     if args.json:
-        args.json.write_text(json.dumps([r.record() for r in results], indent=0))
+        args.json.write_text(
+            json.dumps([{**r.record(), "known": known.reason(r.case) or ""} for r in results], indent=0)
+        )
     return int(failed > 0)
 
 

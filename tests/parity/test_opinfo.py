@@ -59,7 +59,7 @@ def test_op(op, record_property):
     records, wrong = [], []
     for case in chosen(op):
         result = run(case)
-        records.append(result.record())
+        records.append({**result.record(), "known": known.reason(case) or ""})
         problem = verdict(case, result)
         if problem:
             wrong.append(problem)

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import signal
+import subprocess
+import sys
 from typing import Any
 
 import pytest
-from torchax_tools import cli, coverage, doctor
+import torch
+import torchax
+from torchax import plugins
+from torchax.ops import Lowering
+from torchax_tools import cli, coverage, doctor, index, mistakes
 from typer.testing import CliRunner
+
+from helpers import run_python
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
 def run(*arguments: str, code: int = 0) -> str:
@@ -21,11 +36,71 @@ def as_json(*arguments: str) -> Any:
     return json.loads(run(*arguments, "--format", "json"))
 
 
+def test_help_has_examples_and_exit_codes() -> None:
+    for command in ("coverage", "list", "plugins", "explain", "scan", "doctor", "fallbacks", "new-plugin"):
+        said = run(command, "--help")
+        assert "Exit code" in said or command == "list", command
+        assert f"torchax-ops {command}" in said or command == "plugins", command
+    assert "--install-completion" in run("--help") and "Exit codes" in run("--help")
+
+
+# list -------------------------------------------------------------------------------------------------------------
+
+
 def test_list() -> None:
     rows = as_json("list", "aten::add.Tensor")
     assert [r["op"] for r in rows] == ["aten::add.Tensor"] and rows[0]["plugin"] == "aten"
     assert "aten::add.Tensor" in run("list", "add")
-    assert as_json("list", "--plugin", "nobody") == []
+    assert as_json("list", "--plugin", "pallas", "nothing of this name") == []
+
+
+def test_list_is_kept_until_something_changes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = index.rows()
+    (kept,) = index.folder().iterdir()
+    monkeypatch.setattr(index, "_load", lambda: pytest.fail("loaded the plugins again"))
+    assert index.rows() == full and len(full) > 500
+    kept.write_text("{broken")
+    monkeypatch.setattr(index, "_load", lambda: ["made again"])
+    assert index.rows() == ["made again"] and index.rows() == ["made again"]
+    monkeypatch.setenv("TORCHAX_PLUGINS", "-pallas")
+    before = index.fingerprint()
+    (tmp_path / "new_plugin.py").write_text("")
+    info = tmp_path / "new_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: new-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[torchax.plugins]\nnew = new_plugin\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with_plugin = index.fingerprint()
+    (tmp_path / "new_plugin.py").write_text("x = 1")
+    assert len({before, with_plugin, index.fingerprint()}) == 3
+
+
+def test_light_commands_do_not_import_torch() -> None:
+    run_python(
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from torchax_tools import cli, index\n"
+        "for command in (['--help'], ['coverage', '--help'], ['list']):\n"
+        "    index._load = lambda: [{'op': 'a', 'kind': 'b', 'plugin': 'c', 'family': 'd', 'priority': 0, 'condition': ''}]\n"
+        "    result = CliRunner().invoke(cli.app, command)\n"
+        "    assert result.exit_code == 0, result.output\n"
+        "assert not {'torch', 'jax', 'torchax', 'numpy'} & set(sys.modules)\n"
+    )
+
+
+def test_works_when_piped(tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-m", "torchax_tools.cli", "list"]
+    piped = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=120)
+    assert piped.returncode == 0 and "\x1b" not in piped.stdout and not piped.stderr
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ)) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+    assert process.returncode in (0, -signal.SIGPIPE) and not errors, errors
+
+
+# explain ----------------------------------------------------------------------------------------------------------
 
 
 def test_explain_names_provider_and_reason() -> None:
@@ -33,31 +108,102 @@ def test_explain_names_provider_and_reason() -> None:
     assert answer["kind"] == "lowered" and answer["provider"] == "aten"
     assert answer["candidates"][-1]["function"].startswith("torchax_ops_aten.")
     assert any(c["taken"] and c["reason"] for c in answer["candidates"])
-    assert [a["op"] for a in as_json("explain", "add_.Tensor")] == ["aten::add_.Tensor"]
-    assert as_json("explain", "torch.ops.aten.add_.Tensor")[0]["kind"] == "derived"
+    (inplace,) = as_json("explain", "add_.Tensor")
+    assert inplace["op"] == "aten::add_.Tensor" and inplace["kind"] == "derived"
+    assert [s["op"] for s in inplace["steps"]][-1] == "aten::add.Tensor" and inplace["served"].startswith("aten: ")
+    assert as_json("explain", "torch.ops.aten.add_.Tensor") == [inplace]
     assert "lowered, by aten" in run("explain", "add.Tensor", "--dtype", "bfloat16", "--platform", "tpu")
+    assert as_json("explain", "layer_norm")[0]["served"] or as_json("explain", "layer_norm")[0]["kind"] == "composite"
+
+
+@pytest.fixture
+def matrices():
+    """A plugin that serves sinc of float16 matrices, and one that ties with it on TPU."""
+
+    def is_matrix(x: Any) -> bool:
+        return len(x.shape) == 2
+
+    def plugin(*entries: Lowering) -> Any:
+        class Plugin:
+            @plugins.hookimpl
+            def torchax_register_ops(self, registry: Any) -> None:
+                for entry in entries:
+                    registry.add(entry)
+
+            @plugins.hookimpl
+            def torchax_report_section(self, registry: Any) -> dict[str, Any]:
+                return {"title": "Matrices", "rows": [{"op": e.op} for e in entries]}
+
+        return Plugin()
+
+    sinc = "aten::sinc"
+    made = {
+        "matrices": plugin(Lowering(op=sinc, fn=lambda x: x, when=is_matrix, dtypes=(torch.float16,), priority=5)),
+        "rival": plugin(Lowering(op=sinc, fn=lambda x: x, platforms=("tpu",), priority=5)),
+    }
+    for name, each in made.items():
+        plugins.register(each, name)
+    yield
+    for name in made:
+        plugins.disable(name)
+        plugins._found.pop(name)
+        plugins._objects.pop(name)
+
+
+def test_explain_asks_conditions_of_the_call_at_hand(matrices: None) -> None:
+    def served(*more: str) -> str:
+        (answer,) = as_json("explain", "aten::sinc.default", *more)[:1]
+        return answer["served"].split(":")[0]
+
+    assert served("--dtype", "float16", "--shape", "2x3") == "matrices"
+    assert served("--dtype", "float16", "--shape", "3") == served("--dtype", "float32", "--shape", "2x3") == "aten"
+    said = run("explain", "sinc", "--dtype", "float16")
+    assert "not asked, no shapes are given (--shape)" in said
+    said = run("explain", "sinc", "--dtype", "float32", "--shape", "3")
+    assert "does not serve dtype float32" in said and "serves platform tpu, not cpu" in said
+    said = run("explain", "sinc", "--dtype", "float16", "--platform", "tpu", "--shape", "2x3")
+    assert "tie with plugin 'matrices'" in said and "an error: aten::sinc is lowered by plugins" in said
+    assert "predicate is_matrix says no" in run("explain", "sinc", "--dtype", "float16", "--shape", "scalar")
+
+
+def test_explain_completes_calls() -> None:
+    said = run("explain", "scaled_dot_product_attention", "--platform", "tpu", "--dtype", "bfloat16",
+               *["--shape", "1x2x512x128"] * 3, "--arg", "is_causal=True")  # fmt: skip
+    assert "taken" in said and "not asked" not in said
+    assert "give a shape for key" in run("explain", "scaled_dot_product_attention", "--shape", "1x2x512x128")
 
 
 @pytest.mark.parametrize(
-    "arguments", [("explain", "sofmax"), ("explain", "mm", "--dtype", "float33"), ("coverage", "--kind", "x")]
+    ("arguments", "said"),
+    [
+        (("explain", "sofmax"), "did you mean aten::softmax"),
+        (("explain", "nothing::softmax"), "no op 'nothing::softmax'"),
+        (("explain", "mm", "--dtype", "float33"), "no dtype 'float33'"),
+        (("explain", "mm", "--platform", "npu"), "no platform 'npu'; there are cpu, gpu, tpu"),
+        (("explain", "mm", "--shape", "2y"), "'2y' is no shape"),
+        (("explain", "mm", *["--shape", "2x2"] * 9), "too many"),
+        (("explain", "mm", "--arg", "speed=9"), "no argument speed; it has self, mat2"),
+        (("explain", "mm", "--arg", "speed"), "name=value"),
+        (("coverage", "--kind", "x"), "no kind 'x'; there are lowered"),
+        (("coverage", "--missing", "--kind", "lowered"), "exclude each other"),
+        (("coverage", "--plugin", "nobody"), "no plugin 'nobody'; there are aten"),
+        (("coverage", "--family", "nothing"), "no family 'nothing'; there are activation"),
+        (("coverage", "--platform", "npu"), "no platform 'npu'"),
+        (("coverage", "--dtype", "float33"), "no dtype 'float33'"),
+        (("coverage", "--results", "nowhere.json"), "nowhere.json: No such file"),
+        (("coverage", "--diff", "nowhere.json"), "nowhere.json: No such file"),
+        (("coverage", "--output", "x.txt"), "--format json, csv, markdown or html"),
+        (("list", "--family", "nothing"), "no family 'nothing'"),
+        (("list", "--plugin", "nobody"), "no plugin 'nobody'"),
+        (("new-plugin", "9"), "cannot be a plugin's name"),
+    ],
 )
-def test_bad_arguments(arguments: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
-    said = run(*arguments, code=2) + capfd.readouterr().err
-    assert "Traceback" not in said
-    assert {"sofmax": "did you mean", "mm": "no dtype", "--kind": "missing"}[arguments[1]] in said
+def test_bad_arguments(arguments: tuple[str, ...], said: str, capfd: pytest.CaptureFixture[str]) -> None:
+    output = run(*arguments, code=2) + capfd.readouterr().err
+    assert "Traceback" not in output and said in output
 
 
-def test_coverage() -> None:
-    report = as_json("coverage")
-    for part in ("aten", "core_aten"):
-        counts = report["summary"][part]
-        assert counts["ops"] == sum(counts[kind] for kind in coverage.KINDS) and counts["runs"] > 0.5 * counts["ops"]
-    assert report["summary"]["aten"]["ops"] == len(report["ops"]) > 2000
-    kinds = {row["op"]: row["kind"] for row in report["ops"]}
-    assert kinds["aten::mm"] == "lowered" and kinds["aten::mm.out"] == "derived"
-    missing = as_json("coverage", "--kind", "missing", "--core")["ops"]
-    assert all(row["kind"] == "missing" and row["core_aten"] for row in missing)
-    assert "core ATen run" in run("coverage")
+# plugins, doctor, fallbacks ---------------------------------------------------------------------------------------
 
 
 def test_plugins_and_doctor() -> None:
@@ -65,16 +211,40 @@ def test_plugins_and_doctor() -> None:
     assert rows["aten"]["state"] == "loaded" and rows["aten"]["ops"] > 300
     checks = {c["what"]: c for c in as_json("doctor")}
     assert checks["an eager training step"]["state"] == "ok" and checks["a compiled training step"]["state"] == "ok"
+    assert {"torch", "jax", "libtpu", "devices"} <= checks.keys()
     assert "plugin aten" in run("doctor")
 
 
 def test_doctor_reports_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"torchax-core": "0.1.0", "torchax": "0.2.0", "torchax-interop": None, "torchax-ops-aten": "0.1.0"}
-    monkeypatch.setattr(doctor, "_version", versions.get)
-    checks = {c["what"]: c for c in json.loads(run("doctor", "--format", "json", code=1))}
-    assert checks["torchax"]["state"] == "wrong" and "0.2.0" in checks["torchax"]["detail"]
-    assert checks["torchax-interop"]["detail"].endswith("pip install torchax-interop")
-    assert checks["torchax-ops-pallas"]["state"] == "note"
+    monkeypatch.setattr(doctor, "_version", {"torch": "2.9.1", "jax": "0.10.2", "jaxlib": "0.10.2", **versions}.get)
+    monkeypatch.setenv("TORCHAX_PLUGINS", "-palas,aten")
+    monkeypatch.setattr(doctor, "_training_step", lambda compiled: doctor.line("step", "ok", ""))
+    status = plugins._found["wrecked"] = plugins.PluginStatus(
+        "wrecked", "quarantined", "it raised ValueError: no", "w 1.0"
+    )
+    assert status.state == "quarantined"
+    try:
+        checks = json.loads(run("doctor", "--format", "json", code=1))
+    finally:
+        plugins._found.pop("wrecked")
+    found = {c["what"]: c for c in checks}
+    assert found["torchax"]["state"] == "wrong" and "0.2.0" in found["torchax"]["detail"]
+    assert found["torchax-interop"]["remedy"] == "pip install torchax-interop"
+    assert found["torchax-ops-pallas"]["state"] == "note"
+    assert found["torch"]["remedy"].startswith("pip install 'torch<2.14") or ">=2.13" in found["torch"]["remedy"]
+    assert (
+        found["plugin wrecked"]["state"] == "wrong" and "TORCHAX_PLUGINS=-wrecked" in found["plugin wrecked"]["remedy"]
+    )
+    said = [c for c in checks if c["what"] == "TORCHAX_PLUGINS" and c["state"] == "wrong"]
+    assert "'palas'" in said[0]["detail"] and "aten" in said[0]["remedy"] and "'aten' is ignored" in said[1]["detail"]
+
+
+def test_versions_within_ranges() -> None:
+    assert {"torch", "jax", "pluggy"} <= mistakes.ranges("torchax-core").keys()
+    assert "hypothesis" not in mistakes.ranges("torchax-core")
+    for version, inside in (("2.13.0+cpu", True), ("2.13.1", True), ("2.14.0", False), ("2.9", False), ("3", False)):
+        assert mistakes.within(version, ">=2.13,<2.14") is inside
 
 
 def test_fallbacks(tmp_path: pathlib.Path) -> None:
@@ -87,3 +257,166 @@ def test_fallbacks(tmp_path: pathlib.Path) -> None:
     )
     out = run("fallbacks", "--format", "json", str(script), "--n", "2")
     assert json.loads(out) == []
+
+
+# coverage ---------------------------------------------------------------------------------------------------------
+
+RECORDS = [
+    {"op": "sinc", "form": "forward", "dtype": "float16", "status": "pass"},
+    {"op": "sinc", "form": "inplace", "dtype": "float32", "status": "fail", "known": "a reason"},
+    {"op": "sinc", "form": "out", "dtype": "float32", "status": "fail"},
+    {"op": "nn.functional.softplus", "form": "grad", "dtype": "float32", "status": "pass"},
+    {"op": "linalg.qr", "form": "forward", "dtype": "float64", "status": "pass"},
+    {"op": "fantasy", "aten": ["mm"], "form": "forward", "dtype": "int64", "status": "skip"},
+]
+
+
+@pytest.fixture
+def results(tmp_path: pathlib.Path) -> str:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(RECORDS))
+    return str(path)
+
+
+def test_coverage_counts_every_operator(results: str) -> None:
+    report = as_json("coverage", "--results", results)
+    for part in ("aten", "core_aten", "prims"):
+        counts = report["summary"][part]
+        assert counts["ops"] == sum(counts[kind] for kind in coverage.KINDS) and counts["runs"] > 0.5 * counts["ops"]
+    rows = {row["op"]: row for row in report["ops"]}
+    assert sum(row["set"] == "aten" for row in rows.values()) == report["summary"]["aten"]["ops"] > 2000
+    assert rows["aten::mm"]["kind"] == "lowered" and rows["aten::mm"]["version"] == torchax.__version__
+    assert rows["aten::mm.out"]["kind"] == "derived" and rows["aten::mm.out"]["by"] == "aten::mm"
+    assert rows["aten::_foreach_add.List"]["family"] == "foreach"
+    assert rows["aten::sinc"]["parity"] == {
+        "forward": {"float16": "pass"}, "inplace": {"float32": "known"}, "out": {"float32": "fail"},
+    }  # fmt: skip
+    assert rows["aten::sinc_"]["parity"] == {"inplace": {"float32": "known"}}
+    assert rows["aten::sinc.out"]["parity"] == {"out": {"float32": "fail"}}
+    assert rows["aten::softplus_backward"]["parity"] == {"grad": {"float32": "pass"}}
+    assert rows["aten::linalg_qr"]["parity"] == {"forward": {"float64": "pass"}}
+    assert rows["aten::mm"]["parity"] == {"forward": {"int64": "skip"}}
+
+
+def test_coverage_filters(results: str, matrices: None) -> None:
+    missing = as_json("coverage", "--missing", "--core")["ops"]
+    assert all(row["kind"] == "missing" and row["core_aten"] for row in missing)
+    assert {row["family"] for row in as_json("coverage", "--family", "fft")["ops"]} == {"fft"}
+    (sinc,) = as_json("coverage", "--plugin", "matrices", "--platform", "cpu", "--dtype", "float16")["ops"][:1]
+    assert sinc["op"] == "aten::sinc" and [a["plugin"] for a in sinc["alternatives"]] == ["matrices", "aten"]
+    assert sinc["alternatives"][0]["condition"] == "dtype in float16, is_matrix" and sinc["family"] != "test_cli"
+    rows = {r["op"]: r for r in as_json("coverage", "--dtype", "float32", "--results", results)["ops"]}
+    assert rows["aten::sinc"]["provider"] == "rival" and set(rows["aten::sinc"]["parity"]) == {"inplace", "out"}
+    said = run("coverage", "--plugin", "matrices")
+    assert "Matrices" in said and "matrices (5): dtype in float16, is_matrix" in said
+    assert "% of core ATen" in run("coverage")
+
+
+def test_coverage_formats(results: str, tmp_path: pathlib.Path) -> None:
+    csv = run("coverage", "--family", "fft", "--format", "csv", "--results", results).splitlines()
+    assert csv[0].startswith("op,how,by,provider") and any(line.startswith("aten::fft_fft,") for line in csv)
+    markdown = run("coverage", "--family", "fft", "--format", "markdown")
+    assert "| kind | ATen |" in markdown and "| aten::fft_fft |" in markdown
+    file = tmp_path / "report.json"
+    assert run("coverage", "--format", "json", "--output", str(file)) == ""
+    assert json.loads(file.read_text())["summary"]["aten"]
+    assert "cannot be written" in run("coverage", "--format", "json", "-o", str(tmp_path / "no" / "x.json"), code=2)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_fail_under() -> None:
+    assert "fewer than 100 %" in run("coverage", "--fail-under", "100", code=1)
+    run("coverage", "--fail-under", "50")
+    run("coverage", "--core", "--fail-under", "99")
+
+
+def test_diff(results: str, tmp_path: pathlib.Path) -> None:
+    old = tmp_path / "old.json"
+    run("coverage", "--format", "json", "-o", str(old), "--results", results)
+    assert run("coverage", "--diff", str(old), "--results", results).startswith("0 operators differ")
+    report = json.loads(old.read_text())
+    rows = {row["op"]: row for row in report["ops"]}
+    rows["aten::mm"]["kind"], rows["aten::mm"]["provider"] = "missing", ""
+    report["ops"] = [row for row in report["ops"] if row["op"] != "aten::bmm"]
+    old.write_text(json.dumps(report))
+    changes = as_json("coverage", "--diff", str(old), "--results", results)["changes"]
+    assert [(c["op"], c["change"]) for c in changes] == [("aten::bmm", "new"), ("aten::mm", "better")]
+    rows["aten::_foobar"]["kind"] = "lowered"
+    rows["aten::sinc.out"]["parity"] = {"out": {"float32": "pass"}}
+    old.write_text(json.dumps(report))
+    said = run("coverage", "--diff", str(old), "--results", results, code=1)
+    assert "got worse" in said and "aten::_foobar" in said and "aten::sinc.out" in said
+    assert run("coverage", "--diff", str(old), "--family", "fft", "--results", results).startswith("0 operators differ")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "is not JSON"),
+        ('{"a": 1}', "is no results file"),
+        ('[{"op": "mm"}]', "dtype, form, op, status"),
+        ('[{"op": "mm", "form": "forward", "dtype": "int64", "status": "maybe"}]', "unknown statuses maybe"),
+    ],
+)
+def test_broken_results(text: str, said: str, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    output = run("coverage", "--results", str(path), code=2) + capfd.readouterr().err
+    assert said in output and "Traceback" not in output
+    output = run("coverage", "--diff", str(path), code=2) + capfd.readouterr().err
+    assert "is no report" in output
+
+
+# scan -------------------------------------------------------------------------------------------------------------
+
+MODELS = """
+import torch
+def make():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(30000, 100000), torch.nn.GELU(), torch.nn.LayerNorm(100000))
+    return model, (torch.randn(2, 30000),)
+def looks(): return lambda x: x if x.sum() > 0 else -x, torch.ones(2)
+def foobar(): return torch.ops.aten._foobar, (torch.ones(2),)
+def nothing(): return 3
+def module(): return torch.nn.Linear(2, 2)
+def fails(): raise ValueError("not today")
+def exits(): raise SystemExit(3)
+number = 3
+"""
+
+
+def test_scan(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scanned_models.py").write_text(MODELS)
+    (tmp_path / "scanned_empty.py").write_text("raise RuntimeError('at import')")
+    report = as_json("scan", "scanned_models:make", "--backward")  # 12 GB, if it were computed
+    rows = {row["op"]: row for row in report["ops"]}
+    assert rows["aten::addmm"]["how"] == "lowered" and "aten::native_layer_norm_backward" in rows
+    assert report["missing"] == []
+    assert "aten::gt.Scalar" in run("scan", str(tmp_path / "scanned_models.py") + ":looks", "--real")
+    said = run("scan", "scanned_models:foobar", code=1)
+    assert "1 missing: aten::_foobar" in said
+    for what, message in (
+        ("scanned_models:looks", "scanned with --real"),
+        ("scanned_models:nothing", "made int; expected (callable, arguments)"),
+        ("scanned_models:module", "A module alone does not say"),
+        ("scanned_models:fails", "ValueError: not today"),
+        ("scanned_models:exits", "SystemExit"),
+        ("scanned_models:number", "is a int, not callable"),
+        ("scanned_models:absent", "no attribute 'absent'"),
+        ("scanned_empty:make", "its import failed: RuntimeError: at import"),
+        ("scanned_nowhere:make", "no module 'scanned_nowhere'"),
+        ("scanned_nowhere.py:make", "no such file"),
+        ("scanned_models.py", "is no program of torch.export"),
+        ("nowhere.pt2", "no such file"),
+    ):
+        output = run("scan", what, code=2)
+        assert message in output and "Traceback" not in output, output
+
+
+def test_scan_of_an_exported_program(tmp_path: pathlib.Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
+    path = tmp_path / "model.pt2"
+    torch.export.save(torch.export.export(model, (torch.randn(2, 3),)), path)
+    report = as_json("scan", str(path))
+    assert {"aten::linear", "aten::relu"} <= {row["op"] for row in report["ops"]}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 
+from . import mistakes
+
 DISTRIBUTIONS = ("torchax", "torchax-core", "torchax-ops-aten", "torchax-interop", "torchax-ops-pallas")
-OPTIONAL = {"torchax-ops-pallas": "pip install 'torchax[pallas]' adds the Pallas kernels"}
+OPTIONAL = {"torchax-ops-pallas": "pip install 'torchax[pallas]' for the Pallas kernels"}
 
 
 def _version(name: str) -> str | None:
@@ -17,8 +18,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _line(what: str, state: str, detail: str) -> dict[str, str]:
-    return {"what": what, "state": state, "detail": detail}
+def line(what: str, state: str, detail: str, remedy: str = "") -> dict[str, str]:
+    """One check: `state` is ``ok``, ``note`` or ``wrong``."""
+    return {"what": what, "state": state, "detail": detail, "remedy": remedy}
 
 
 def _error(error: BaseException) -> str:
@@ -26,49 +28,79 @@ def _error(error: BaseException) -> str:
 
 
 def examine() -> list[dict[str, str]]:
-    """All checks, each with ``what``, ``state`` (``ok``, ``note`` or ``wrong``) and ``detail``."""
-    lines = [_line("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
-    versions = {name: _version(name) for name in DISTRIBUTIONS}
-    core = versions["torchax-core"]
-    for name, version in versions.items():
-        if version is None:
-            state = "note" if name in OPTIONAL else "wrong"
-            lines.append(_line(name, state, f"not installed; {OPTIONAL.get(name, f'pip install {name}')}"))
-        elif version != core:
-            lines.append(_line(name, "wrong", f"{version}, but torchax-core is {core}: pip install -U {name}=={core}"))
-        else:
-            lines.append(_line(name, "ok", version))
-    lines += [_line(name, "ok", _version(name) or "not installed") for name in ("torch", "jax", "jaxlib")]
+    """All checks, each with ``what``, ``state`` (``ok``, ``note`` or ``wrong``), ``detail`` and ``remedy``."""
+    lines = [line("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
+    lines += _distributions()
+    lines += _foundations()
+    lines += mistakes.of_installation()
     try:
         import jax
         import torchax
-        from torchax import plugins
 
         devices = jax.devices()
-        lines.append(_line("devices", "ok", f"{len(devices)} x {devices[0].platform} ({devices[0].device_kind})"))
     except Exception as error:
-        lines.append(_line("import torchax", "wrong", _error(error)))
-        return lines
-    set_by = {
-        k: v
-        for k, v in os.environ.items()
-        if k in ("JAX_PLATFORMS", "XLA_FLAGS", "TORCHAX_PLUGINS", "JAX_COMPILATION_CACHE_DIR")
-    }
-    lines += [_line(key, "note", value) for key, value in set_by.items()]
+        remedy = "" if "backend" not in str(error) else "unset JAX_PLATFORMS, or name a platform that is here"
+        return [*lines, line("import torchax", "wrong", _error(error), remedy)]
+    kinds = ", ".join(sorted({d.device_kind for d in devices}))
+    lines.append(line("devices", "ok", f"{len(devices)} x {devices[0].platform} ({kinds})"))
+    lines += mistakes.of_environment(devices[0].platform)
+    lines += _plugins()
+    changed = {name: option.value for name, option in torchax.config.options().items() if option.value is not None}
+    lines.append(line("torchax.config", "ok", ", ".join(f"{k}={v!r}" for k, v in changed.items())))
+    lines.append(_training_step(compiled=False))
+    lines.append(_training_step(compiled=True))
+    return lines
+
+
+def _distributions() -> list[dict[str, str]]:
+    lines = []
+    core = _version("torchax-core")
+    for name in DISTRIBUTIONS:
+        version = _version(name)
+        if version is None:
+            state = "note" if name in OPTIONAL else "wrong"
+            lines.append(line(name, state, "not installed", OPTIONAL.get(name, f"pip install {name}")))
+        elif version != core:
+            remedy = f"pip install -U {name}=={core}"
+            lines.append(line(name, "wrong", f"{version}, but torchax-core is {core}", remedy))
+        else:
+            lines.append(line(name, "ok", version))
+    return lines
+
+
+def _foundations() -> list[dict[str, str]]:
+    """torch, jax and what they run on, against what torchax-core was tested with."""
+    lines = []
+    wanted = mistakes.ranges("torchax-core")
+    for name in ("torch", "jax", "jaxlib", "libtpu"):
+        version = _version(name)
+        if version is None:
+            lines.append(line(name, "ok" if name == "libtpu" else "wrong", "not installed"))
+        elif name in wanted and not mistakes.within(version, wanted[name]):
+            remedy = f"pip install '{name}{wanted[name]}'"
+            lines.append(line(name, "wrong", f"{version}; torchax-core was tested with {wanted[name]}", remedy))
+        else:
+            lines.append(line(name, "ok", version))
+    return lines
+
+
+def _plugins() -> list[dict[str, str]]:
+    from torchax import plugins
+
+    lines = []
     for status in plugins.status():
         state = {"loaded": "ok", "disabled": "note"}.get(status.state, "wrong")
         detail = f"{status.state}, {status.ops} ops" if status.state == "loaded" else f"{status.state}: {status.reason}"
-        lines.append(
-            _line(
-                f"plugin {status.name}", state, f"{detail} ({status.distribution})" if status.distribution else detail
-            )
-        )
+        detail += f" ({status.distribution})" if status.distribution else ""
+        owner = status.distribution.split(" ")[0]
+        remedy = {
+            "ok": "",
+            "note": "TORCHAX_PLUGINS or the program switched it off",
+            "wrong": f"pip install -U {owner or 'it'}, uninstall it, or set TORCHAX_PLUGINS=-{status.name}",
+        }[state]
+        lines.append(line(f"plugin {status.name}", state, detail, remedy))
     if not any(s.state == "loaded" for s in plugins.status()):
-        lines.append(_line("plugins", "wrong", "none is loaded, so no op runs: pip install torchax-ops-aten"))
-    changed = {name: option.value for name, option in torchax.config.options().items() if option.value is not None}
-    lines.append(_line("torchax.config", "ok", ", ".join(f"{k}={v!r}" for k, v in changed.items())))
-    lines.append(_training_step(compiled=False))
-    lines.append(_training_step(compiled=True))
+        lines.append(line("plugins", "wrong", "none is loaded, so no op runs", "pip install torchax-ops-aten"))
     return lines
 
 
@@ -103,7 +135,7 @@ def _training_step(compiled: bool) -> dict[str, str]:
         theirs = losses(model, x, y, False)
         worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
         if worst > 1e-2:
-            return _line(what, "wrong", f"losses {ours} differ from torch's on CPU, {theirs}")
-        return _line(what, "ok", f"three losses agree with torch on CPU within {worst:.1e}")
+            return line(what, "wrong", f"losses {ours} differ from torch's on CPU, {theirs}")
+        return line(what, "ok", f"three losses agree with torch on CPU within {worst:.1e}")
     except Exception as error:
-        return _line(what, "wrong", _error(error))
+        return line(what, "wrong", _error(error))

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-PLATFORMS = ("cpu", "gpu", "tpu")
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # to the name that JAX_PLATFORMS takes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ``--torchax-platform``."""
     parser.getgroup("torchax").addoption(
         "--torchax-platform",
-        choices=PLATFORMS,
+        choices=list(PLATFORMS),
         default=None,
         help="the platform on which device 'jax' computes; default: JAX's own choice",
     )
@@ -30,11 +30,11 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     wanted = early_config.known_args_namespace.torchax_platform
     if wanted is None:
         return
-    os.environ["JAX_PLATFORMS"] = wanted  # for programs that tests start, too
+    os.environ["JAX_PLATFORMS"] = PLATFORMS[wanted]  # for programs that tests start, too
     if "jax" in sys.modules:
         import jax
 
-        jax.config.update("jax_platforms", wanted)
+        jax.config.update("jax_platforms", PLATFORMS[wanted])
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -36,6 +36,7 @@ class Result:
         return {
             "op": self.case.op.name,
             "variant": self.case.op.variant_test_name,
+            "aten": [name] if (name := getattr(self.case.op, "aten_name", None)) else [],
             "form": self.case.form,
             "dtype": cases.dtype_name(self.case.dtype),
             "status": self.status,

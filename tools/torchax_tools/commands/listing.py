@@ -1,0 +1,94 @@
+"""`list` and `plugins`: what is registered, and by whom."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ..output import AsFormat, Format, epilog, fail, write_json, write_table
+
+LIST_EXAMPLES = """\
+Examples:
+  torchax-ops list softplus                  lowerings of operators with softplus in their name
+  torchax-ops list --plugin pallas           everything that a plugin lowers
+
+The list is kept in a file (~/.cache/torchax) until a plugin or a version changes; --fresh makes it again."""
+
+
+def ops_that_begin(incomplete: str) -> list[str]:
+    """Names of operators for shell completion."""
+    from ..index import rows
+
+    names = sorted({row["op"].removeprefix("aten::") for row in rows()})
+    return [name for name in names if name.startswith(incomplete.removeprefix("aten::"))]
+
+
+def plugins_that_begin(incomplete: str) -> list[str]:
+    """Names of installed plugins for shell completion."""
+    import importlib.metadata
+
+    names = {e.name for e in importlib.metadata.entry_points(group="torchax.plugins")}
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
+def list_ops(
+    pattern: Annotated[str, typer.Argument(help="part of the op's name", autocompletion=ops_that_begin)] = "",
+    plugin: Annotated[
+        str | None, typer.Option(help="only lowerings of this plugin", autocompletion=plugins_that_begin)
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="only this family: pointwise, norm, ...")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="load the plugins, do not read the kept list")] = False,
+    format: AsFormat = Format.table,
+) -> None:
+    """Every lowering: op, kind, plugin, family, priority and condition."""
+    from ..index import rows
+
+    everything = rows(fresh)
+    found = [
+        row
+        for row in everything
+        if pattern in row["op"] and plugin in (None, row["plugin"]) and family in (None, row["family"])
+    ]
+    families = sorted({row["family"] for row in everything})
+    if family is not None and family not in families:
+        raise fail(f"no family {family!r}; there are {', '.join(families)}")
+    if plugin is not None and plugin not in {row["plugin"] for row in everything} | set(plugins_that_begin("")):
+        raise fail(f"no plugin {plugin!r}; there are {', '.join(sorted({row['plugin'] for row in everything}))}")
+    if format is Format.json:
+        write_json(found)
+    else:
+        write_table(f"{len(found)} lowerings", found)
+
+
+def plugins(format: AsFormat = Format.table) -> None:
+    """Every plugin that was found, and what became of it: loaded, disabled or quarantined, and why."""
+    from torchax import plugins as manager
+
+    rows = plugin_rows(manager)
+    if format is Format.json:
+        write_json(rows)
+    else:
+        write_table("", rows)
+
+
+def plugin_rows(manager: Any) -> list[dict[str, Any]]:
+    """What `torchax.plugins.status` says, flat."""
+    return [
+        {
+            "name": s.name,
+            "state": s.state,
+            "distribution": s.distribution,
+            "api": s.info.get("api", ""),
+            "ops": s.ops,
+            "summary": s.info.get("summary", ""),
+            "reason": s.reason,
+        }
+        for s in manager.status()
+    ]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("list", epilog=epilog(LIST_EXAMPLES))(list_ops)
+    app.command("plugins", epilog=epilog("Exit code: 0, whatever became of the plugins; doctor judges them."))(plugins)
