@@ -36,11 +36,8 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
     outs = [a.name for _, a in written if a.is_out]
     if outs:  # what else is written (running statistics), the twin writes, too
         written = [(i, a) for i, a in written if a.is_out]
-    takes_dtype = (
-        bool(outs)
-        and any(a.name == "dtype" for a in twin._schema.arguments)
-        and not any("Tensor" in str(a.type) for a in twin._schema.arguments)
-    )
+    has_dtype = bool(outs) and any(a.name == "dtype" for a in twin._schema.arguments)
+    takes_dtype = has_dtype and not any("Tensor" in str(a.type) for a in twin._schema.arguments)
     sized_by_values = any(entry.kind == "dynamic" for entry in REGISTRY.lowerings(twin))
     checked: set[Any] = set()
     outcomes: dict[Any, Outcome | None] = {}
@@ -102,8 +99,14 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
             values, metas = _flat(values, targets), _flat(metas, targets)
             targets = _flat(targets, targets)
         fresh = 0 if outs else fresh_returns(func)
-        if not all(map(_fits, targets, metas[fresh:])) and not _as_rehearsed(*call, targets, metas[fresh:]):
-            for target, meta in zip(targets if outs else (), metas, strict=False):
+        if not all(map(_fits, targets, metas[fresh:])):
+            rehearsed = _as_rehearsed(*call, targets, metas[fresh:])
+            one = len(targets) == 1 and has_dtype and kwargs.get("dtype") is None
+            if one and targets[0].dtype is not metas[0].dtype:
+                # reductions compute in the dtype of out= (a sum of floats into integers is one of integers)
+                value, meta = _run_raw(twin, args, {**kwargs, "dtype": targets[0].dtype})
+                values, metas = (value,), (meta,)
+            for target, meta in zip(targets if outs and not rehearsed else (), metas, strict=False):
                 prepare_out(target, meta, func)
         if key is not None:
             for target, meta in zip(targets, metas[fresh:], strict=False):
