@@ -11,7 +11,9 @@ from ._scan_layers import ScannedLayers, scan_layers
 from .autograd import j2t_autograd
 from .checkpoint import CheckpointManager, load_checkpoint, open_checkpoint, save_checkpoint
 from .compile import Compiled, compile
+from .custom_ops import register_jax
 from .jit import JittableModule, extract_all_buffers, extract_jax, jax_jit
+from .loops import fori_loop, scan
 from .modules import JaxModule
 from .optimizer import OptaxOptimizer
 from .rules import Rule, by_name, data_parallel, fsdp, tensor_parallel
@@ -40,6 +42,7 @@ __all__ = [
     "deferred_init",
     "extract_all_buffers",
     "extract_jax",
+    "fori_loop",
     "fsdp",
     "gradient_checkpoint",
     "j2t_autograd",
@@ -51,7 +54,9 @@ __all__ = [
     "load_checkpoint",
     "make_mesh",
     "open_checkpoint",
+    "register_jax",
     "save_checkpoint",
+    "scan",
     "scan_layers",
     "shard_batch",
     "shard_map",

@@ -55,7 +55,7 @@ def j2t_autograd(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def _differentiable(fn: Callable[..., Any], spec: Any, leaves: list[Any]) -> Any:
     where = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
-    call = _Call(fn, spec, leaves, where)
+    call = JaxCall(fn, spec, leaves, where)
     outs = Bridge.apply(call, *[leaves[i] for i in where])
     flat = list(call.rest)
     for i, t in zip(call.out_where, outs, strict=True):
@@ -91,7 +91,7 @@ def _used(fn: Callable[..., Any], args: Any, kwargs: Any) -> list[Any]:
     leaves: list[Any] = []
     spec = flatten((args, kwargs), leaves)
     where = [i for i, x in enumerate(leaves) if isinstance(x, (torch.Tensor, jax.Array))]
-    call = _Call(fn, spec, leaves, where)
+    call = JaxCall(fn, spec, leaves, where)
     arrays = [to_array(leaves[i]) for i in where]
     own = {id(x) for x in leaves}
     with noting(dry=True) as noted, jax.enable_x64(True), warnings.catch_warnings():
@@ -106,7 +106,7 @@ def _base(t: Tensor, value: Any) -> Any:
     return value if view is None else view.chain.write.fn(state.executor.load(t._s), value, *view.positions)
 
 
-class _Call:
+class JaxCall:
     """One call of a JAX function: a flat function of the tensors' arrays, and after the run the nest of its results."""
 
     def __init__(self, fn: Callable[..., Any], spec: Any, leaves: list[Any], where: list[int]):
@@ -133,7 +133,7 @@ class Bridge(torch.autograd.Function):
     """A JAX function as a node of torch's graph."""
 
     @staticmethod
-    def forward(call: _Call, *tensors: torch.Tensor) -> Any:  # type: ignore[override]
+    def forward(call: JaxCall, *tensors: torch.Tensor) -> Any:  # type: ignore[override]
         call.random = random_state()
         arrays = [to_array(t) for t in tensors]
         with in_64_bit(tensors):
@@ -153,7 +153,7 @@ class Bridge(torch.autograd.Function):
         tensors = ctx.saved_tensors
         wanted = [i for i, kind in enumerate(ctx.kinds) if kind and ctx.needs_input_grad[i + 1]]
         given = [g for g, kind in zip(grads, ctx.out_kinds, strict=True) if kind]
-        found = j2t_autograd(_vjp(ctx.call, wanted, ctx.out_kinds))(list(tensors), given)
+        found = j2t_autograd(vjp_of(ctx.call, wanted, ctx.out_kinds))(list(tensors), given)
         result: list[Any] = [None] * (len(tensors) + 1)
         for i, g in zip(wanted, found, strict=True):
             result[i + 1] = g
@@ -167,13 +167,13 @@ class Bridge(torch.autograd.Function):
         return tuple(t if kind else None for t, kind in zip(found, ctx.out_kinds, strict=True))
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, call: _Call, *tensors: Any) -> Any:
+    def vmap(info: Any, in_dims: Any, call: JaxCall, *tensors: Any) -> Any:
         fn = jax.vmap(lambda *arrays: call.flat(*arrays), in_axes=tuple(in_dims[1:]), axis_size=info.batch_size)
         outs = j2t_autograd(lambda *arrays: fn(*arrays))(*tensors)
         return outs, tuple(0 for _ in outs)
 
 
-def _vjp(call: _Call, wanted: list[int], out_kinds: list[bool]) -> Callable[..., Any]:
+def vjp_of(call: JaxCall, wanted: list[int], out_kinds: list[bool]) -> Callable[..., Any]:
     """(inputs, cotangents of the floating results) -> gradients of the wanted inputs, as a JAX function."""
 
     def run(arrays: list[Any], cotangents: list[Any]) -> list[Any]:
@@ -195,7 +195,7 @@ def _vjp(call: _Call, wanted: list[int], out_kinds: list[bool]) -> Callable[...,
     return run
 
 
-def _jvp(call: _Call, wanted: list[int]) -> Callable[..., Any]:
+def _jvp(call: JaxCall, wanted: list[int]) -> Callable[..., Any]:
     """(inputs, tangents of the wanted ones) -> tangents of the results, as a JAX function."""
 
     def run(arrays: list[Any], tangents: list[Any]) -> list[Any]:
@@ -214,7 +214,7 @@ def _jvp(call: _Call, wanted: list[int]) -> Callable[..., Any]:
     return run
 
 
-def _again(call: _Call) -> Any:
+def _again(call: JaxCall) -> Any:
     return _nothing if call.random is None else same_random(call.random)
 
 
