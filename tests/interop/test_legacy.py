@@ -66,3 +66,98 @@ def test_everything_resolves() -> None:
         assert getattr(torchax.interop, name) is not None
     for name in ("compile", "extract_jax", "save_checkpoint", "load_checkpoint", "interop", "view"):
         assert getattr(torchax, name) is not None
+
+
+def test_autocast() -> None:
+    x = torch.ones(2, 2, device="jax")
+    for scope in (
+        torchax.amp.autocast("jax", dtype=torch.bfloat16),
+        torchax.amp.autocast("jax", torch.bfloat16, env=torchax.default_env()),
+        torchax.amp.autocast(),
+    ):
+        with scope:
+            assert (x @ x).dtype == torch.bfloat16
+    with torchax.amp.autocast("jax", dtype=torch.float16):
+        assert (x @ x).dtype == torch.float16
+        with torchax.amp.autocast(False):
+            assert (x @ x).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"for device 'jax'; got 'cpu'"):
+        torchax.amp.autocast("cpu")
+
+
+def test_seeds_and_settings() -> None:
+    env = torchax.default_env()
+    env.manual_seed(3)
+    first = torch.rand(4, device="jax")
+    env.manual_seed(3)
+    assert torch.equal(torch.rand(4, device="jax"), first)
+    torch.jax.manual_seed(3)
+    assert torch.equal(torch.rand(4, device="jax"), first)
+    assert isinstance(env.prng_key, jax.Array)
+    assert env.config is torchax.config and env.config.eager == "strict"
+    with env.config.override(eager="debug"):
+        assert torchax.config.eager == "debug"
+    with pytest.raises(AttributeError, match="has no setting 'nothing'; it has compilation_cache, eager"):
+        env.config.nothing = 1
+
+
+def test_accuracy_and_performance_mode() -> None:
+    before = jax.config.jax_default_matmul_precision
+    x = jnp.ones((2, 2))
+    product = torchax.interop.jax_view(lambda a, b: a @ b)
+    try:
+        torchax.enable_accuracy_mode()
+        assert "HIGHEST" in str(jax.make_jaxpr(product)(x, x))
+        torchax.enable_performance_mode()
+        assert "HIGHEST" not in str(jax.make_jaxpr(product)(x, x))
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
+
+
+def test_override_op_definition() -> None:
+    from torchax._registry import REGISTRY
+
+    env, x = torchax.default_env(), torch.ones(2, device="jax")
+    known = {name: list(entries) for name, entries in REGISTRY._by_op.items() if name in ("aten::sinc", "aten::erfcx")}
+    try:
+        env.override_op_definition(torch.ops.aten.sinc.default, lambda a: a + 41)
+        assert torch.sinc(x).tolist() == [42, 42]
+        env.override_op_definition(torch.ops.aten.sinc, lambda a: a + 42)  # a packet; the last one counts
+        assert torch.sinc(x).tolist() == [43, 43]
+        assert torchax.compile(torch.sinc)(x).tolist() == [43, 43]
+        np.testing.assert_array_equal(jax.jit(torchax.interop.jax_view(torch.sinc))(jnp.ones(1)), [43])
+    finally:
+        for name in [
+            e.provider for e in REGISTRY.lowerings(torch.ops.aten.sinc.default) if e.provider.startswith("override")
+        ]:
+            REGISTRY.remove(name)
+    assert torch.sinc(x).tolist() == torch.sinc(torch.ones(2)).tolist()
+    assert known["aten::sinc"] == list(REGISTRY._by_op["aten::sinc"])
+
+
+def test_functions_and_modules_by_their_names() -> None:
+    """What notebooks write: a module's state out, a function of it under JAX, in and out of nests."""
+    model = torch.nn.Linear(2, 2)
+    env = torchax.default_env()
+    with env:
+        model.to("jax")
+        weights, fn = torchax.extract_jax(model)
+        assert fn(weights, (jnp.ones((1, 2)),)).shape == (1, 2)
+        nest = env.t2j_iso({"w": model.weight.detach()})
+        assert isinstance(nest["w"], jax.Array) and type(env.j2t_iso(nest)["w"]) is torchax.tensor.Tensor
+        assert env.to_xla([torch.ones(2)])[0].device.type == "jax"
+    gradients = torchax.interop.jax_value_and_grad(lambda w: (w["weight"] ** 2).sum())(dict(model.named_parameters()))
+    assert gradients[1]["weight"].shape == (2, 2)
+
+
+def test_modules_resolve() -> None:
+    import torchax.amp
+    import torchax.flax
+    import torchax.interop
+    import torchax.train
+
+    assert callable(torchax.train.make_train_step) and torchax.flax.FlaxNNModule is torchax.flax.FlaxNNModule
+    for name in ("jax_view", "torch_view", "call_jax", "call_torch", "j2t_autograd", "t2j_autograd", "jax_jit", "jax_value_and_grad",
+                 "jax_vmap", "jax_shard_map", "shard_map", "gradient_checkpoint", "fori_loop", "scan", "JittableModule",
+                 "extract_all_buffers", "extract_jax"):  # fmt: skip
+        assert callable(getattr(torchax.interop, name)), name

@@ -116,7 +116,27 @@ def _refuse_binary_cross_entropy(*args: Any, **kwargs: Any) -> Any:
 
 
 class autocast(torch.amp.autocast_mode.autocast):  # the name torch.cuda.amp has
-    """``torch.autocast("jax", ...)``."""
+    """``torch.autocast("jax", ...)``.
 
-    def __init__(self, enabled: bool = True, dtype: torch.dtype = torch.bfloat16, cache_enabled: bool = True):
+    Args:
+        device_type: ``"jax"``; a bool stands for `enabled`, as in `torch.cuda.amp.autocast`.
+        dtype: what products, convolutions and attention run in.
+        enabled: False switches autocast off inside of another one.
+        cache_enabled: whether weights are cast once for several uses.
+        env: a `torchax.default_env`; not needed.
+    """
+
+    def __init__(
+        self,
+        device_type: str | torch.device | bool = "jax",
+        dtype: torch.dtype = torch.bfloat16,
+        enabled: bool = True,
+        cache_enabled: bool = True,
+        env: Any = None,
+    ):
+        if isinstance(device_type, bool):
+            device_type, enabled = "jax", device_type
+        kind = torch.device(device_type).type
+        if kind != "jax":
+            raise ValueError(f"torchax.amp.autocast is for device 'jax'; got {kind!r}: use torch.autocast({kind!r})")
         super().__init__("jax", enabled=enabled, dtype=dtype, cache_enabled=cache_enabled)
