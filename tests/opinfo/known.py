@@ -44,11 +44,6 @@ KNOWN: tuple[Known, ...] = (
     ),
     Known("_batch_norm_with_update", _STATISTICS, ("forward", "noncontiguous", "jit"), _HALVES),
     Known("gather", "out= overlaps the index only once it is resized, which happens after the check here", ("errors",)),
-    Known(
-        "fft.hfft2",
-        "values agree; over several dimensions torch's meta kernel gives other strides than CPU",
-        ("forward", "noncontiguous"),
-    ),
     Known("fft.ihfftn", "over one dimension CPU torch leaves out= unwritten; here it is written", ("out",)),
     Known("linalg.lstsq*", _LSTSQ, ("forward", "noncontiguous")),
     Known("linalg.ldl_*", _HOST, ("jit", "tpu")),

@@ -3,6 +3,7 @@
 import math
 
 import jax.numpy as jnp
+import torch
 from jax import lax
 from torchax.ops import aten, lowering, raise_if
 
@@ -40,6 +41,30 @@ def _size(x, dims):
     return math.prod(x.shape[d] for d in dims)
 
 
+def _by_strides(x, dims):
+    return sorted(dims, key=lambda d: -x.stride(d))
+
+
+def _laid_out(result, x, dims):
+    """`result` as CPU lays it out: what is not transformed, then `dims`, the first by the strides of `x`.
+
+    torch's meta kernels do not always say so.
+    """
+    dims = [d % x.dim() for d in dims]
+    batch = _by_strides(x, [d for d in range(x.dim()) if d not in dims])
+    order = (*batch, *_by_strides(x, dims[:-1]), dims[-1])
+    return torch.empty_permuted(result.shape, order, dtype=result.dtype, device="meta")
+
+
+def _r2c_meta(result, self, dim, normalization, onesided):
+    return _laid_out(result, self, dim)
+
+
+def _c2r_meta(result, self, dim, normalization, last_dim_size):
+    x = torch.ops.aten._fft_c2c(self, dim[:-1], normalization, False) if len(dim) > 1 else self
+    return _laid_out(result, x, dim[-1:])
+
+
 @lowering(aten._fft_c2c.default)
 def fft_c2c(self, dim, normalization, forward):
     """Complex to complex."""
@@ -48,7 +73,7 @@ def fft_c2c(self, dim, normalization, forward):
     return _normalized(_complex(self, dim, forward), _size(self, dim), normalization)
 
 
-@lowering(aten._fft_r2c.default)
+@lowering(aten._fft_r2c.default, meta=_r2c_meta)
 def fft_r2c(self, dim, normalization, onesided):
     """Real to complex; `onesided` keeps the first half of the last dimension."""
     last = dim[-1] % self.ndim
@@ -66,7 +91,7 @@ def fft_r2c(self, dim, normalization, onesided):
     return _normalized(out, _size(self, dim), normalization)
 
 
-@lowering(aten._fft_c2r.default)
+@lowering(aten._fft_c2r.default, meta=_c2r_meta)
 def fft_c2r(self, dim, normalization, last_dim_size):
     """Complex to real, from the first half of the last dimension."""
     last = dim[-1] % self.ndim
