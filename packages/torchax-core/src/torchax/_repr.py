@@ -22,6 +22,9 @@ def tensor_repr(t: Tensor) -> str:
     if isinstance(value, jax.core.Tracer):
         contents = f"<traced {value.aval.str_short()}>"
         suffixes.append(f"device='{t.device}'")
+    elif not (value.is_fully_addressable or value.is_fully_replicated):
+        contents = f"<{value.aval.str_short()} over several processes, {value.sharding}>"
+        suffixes.append(f"device='{t.device}'")
     else:
         host = plain.cpu()
         contents = _tensor_str._tensor_str(host, len("tensor(")) if host.numel() else "[]"

@@ -181,6 +181,11 @@ def host_array(value: Any, what: str) -> np.ndarray:
                 f"{what}: the tensor's buffer was given away to a compiled function, which has overwritten it. Use the tensor that "
                 "was written, make a copy before the call (.clone(), jnp.copy), or compile with donate_state=False"
             ) from error
+        if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
+            raise errors.PlatformUnavailable(
+                f"{what}: the tensor is divided over several processes ({value.sharding}) and this one holds only a part of it. "
+                "Call .full_tensor() in all processes first, or save it with torchax.save_checkpoint"
+            ) from error
         raise
 
 

@@ -128,6 +128,33 @@ class Tensor(torch.Tensor):
         state.executor.write(self, value)
         return self
 
+    # the words of torch.distributed.tensor, see torchax.interop.distribute_tensor
+    @property
+    def placements(self) -> Any:
+        """`Shard` and `Replicate`, one for each dimension of the mesh; an AttributeError for a tensor on one device."""
+        from . import interop
+
+        return interop.placements_of(self)
+
+    @property
+    def device_mesh(self) -> Any:
+        """The mesh as torch's `DeviceMesh`; an AttributeError for a tensor on one device."""
+        from . import interop
+
+        return interop.device_mesh_of(self)
+
+    def full_tensor(self) -> TorchTensor:
+        """The whole tensor on each of its devices."""
+        from . import interop
+
+        return interop.full_tensor(self)
+
+    def redistribute(self, device_mesh: Any = None, placements: Any = None) -> TorchTensor:
+        """The same values with other placements."""
+        from . import interop
+
+        return interop.redistribute(self, device_mesh, placements)
+
     @property
     def jax_device(self) -> Any:
         """The JAX device, or the sharding where there are several."""

@@ -5,6 +5,9 @@ Everything here is also found as ``torchax.interop.NAME``.
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import control_flow
 from ._mesh import make_mesh
 from ._scan_layers import ScannedLayers, scan_layers
@@ -21,16 +24,37 @@ from .sharding import bytes_per_device, constrain, deferred_init, shard_batch, s
 from .transforms import gradient_checkpoint, jax_value_and_grad, jax_vmap, t2j_autograd
 from .views import call_jax, call_torch, jax_view, shard_map, torch_view
 
+if TYPE_CHECKING:
+    from .mesh_util import Mesh
+    from .placements import (
+        DeviceMesh,
+        Partial,
+        Replicate,
+        Shard,
+        device_mesh_of,
+        distribute_module,
+        distribute_tensor,
+        full_tensor,
+        init_device_mesh,
+        placements_of,
+        redistribute,
+    )
+
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointManager",
     "Compiled",
+    "DeviceMesh",
     "JaxModule",
     "JittableModule",
+    "Mesh",
     "OptaxOptimizer",
+    "Partial",
+    "Replicate",
     "Rule",
     "ScannedLayers",
+    "Shard",
     "by_name",
     "bytes_per_device",
     "call_jax",
@@ -40,11 +64,16 @@ __all__ = [
     "control_flow",
     "data_parallel",
     "deferred_init",
+    "device_mesh_of",
+    "distribute_module",
+    "distribute_tensor",
     "extract_all_buffers",
     "extract_jax",
     "fori_loop",
     "fsdp",
+    "full_tensor",
     "gradient_checkpoint",
+    "init_device_mesh",
     "j2t_autograd",
     "jax_jit",
     "jax_shard_map",
@@ -54,6 +83,8 @@ __all__ = [
     "load_checkpoint",
     "make_mesh",
     "open_checkpoint",
+    "placements_of",
+    "redistribute",
     "register_jax",
     "save_checkpoint",
     "scan",
@@ -68,3 +99,27 @@ __all__ = [
 ]
 
 jax_shard_map = shard_map
+
+_PLACEMENTS = frozenset(
+    {
+        "DeviceMesh",
+        "Partial",
+        "Replicate",
+        "Shard",
+        "device_mesh_of",
+        "distribute_module",
+        "distribute_tensor",
+        "full_tensor",
+        "init_device_mesh",
+        "placements_of",
+        "redistribute",
+    }
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACEMENTS:  # torch.distributed.tensor takes most of a second to import
+        return getattr(importlib.import_module("torchax_interop.placements"), name)
+    if name == "Mesh":
+        return importlib.import_module("torchax_interop.mesh_util").Mesh
+    raise AttributeError(f"module 'torchax_interop' has no attribute {name!r}")

@@ -210,7 +210,7 @@ def export(
     if not isinstance(model, ExportedProgram):
         if args is None:
             raise TypeError("exporting a module takes example inputs: export(model, (x,))")
-        model, args, kwargs = _on_cpu(model), tree_map(_host, args), tree_map(_host, kwargs or {})
+        model, args, kwargs = _on_cpu(model), tuple(tree_map(_host, args)), tree_map(_host, kwargs or {})
         model = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     state, fn = exported_program_to_jax(model)
     specs, named = _input_specs(model)
