@@ -117,8 +117,8 @@ def test_states_are_saved_and_loaded(tmp_path: Any) -> None:
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_schedulers_of_torch(compiled: bool) -> None:
     w, twin = (nn.Parameter(torch.ones(3, device="jax")) for _ in range(2))
-    optimizer = OptaxOptimizer([w], optax.inject_hyperparams(optax.sgd)(learning_rate=0.5))
-    reference = torch.optim.SGD([twin], lr=0.5)
+    optimizer = OptaxOptimizer([w], optax.inject_hyperparams(optax.sgd)(learning_rate=0.1))
+    reference = torch.optim.SGD([twin], lr=0.1)
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (optimizer, reference)]
 
     def step(p: Any, o: Any) -> None:
