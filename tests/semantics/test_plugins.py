@@ -182,6 +182,30 @@ def test_jax_differentiates_a_lowering_by_its_grad(ops, load):
     assert jax.jit(jax.grad(f))(x).tolist() == [32 + 2 * 5, 108 + 2 * 7]
 
 
+def test_plugins_cost_nothing_per_call(ops, load, monkeypatch):
+    for i in range(10):
+        serving = dict(priority=i, when=lambda x, by=1.0, n=i: x.shape[0] == n, platforms=("cpu",))
+        load(f"crowd{i}", shift(i, **serving), *(Lowering(op=f"torchax_plugins::op{k}", fn=abs) for k in range(100)))
+    x = torch.ones(9, device="jax")
+    assert ops.shifted(x).tolist() == [11] * 9
+    monkeypatch.setattr(torchax._registry.Registry, "resolve", lambda *_: pytest.fail("resolved again"))
+    assert ops.shifted(x).tolist() == [11] * 9
+
+
+def test_a_predicate_that_raises_names_its_plugin(ops, load):
+    load("clumsy", shift(when=lambda: True))
+    with pytest.raises(
+        errors.PluginError, match=r"shifted: the predicate .*<lambda> of plugin 'clumsy' raised TypeError"
+    ):
+        ops.shifted(ones())
+
+
+def test_a_lowering_of_the_wrong_signature_is_an_error_of_the_lowering(ops, load):
+    load("narrow", Lowering(op=MISSING_OP, fn=lambda x: x))
+    with pytest.raises(errors.LoweringError, match=r"torchax_plugins::shifted failed.*takes 1 positional argument"):
+        ops.shifted(ones(), 2.0)
+
+
 # Broken plugins ---------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +215,7 @@ def test_a_name_is_taken_once(load):
         plugins.register(object(), "unique")
 
 
-@pytest.mark.parametrize("fault", ["raises", "exits", "wrong api", "twice", "no such hook"])
+@pytest.mark.parametrize("fault", ["raises", "exits", "wrong api", "twice", "no such hook", "wrong signature"])
 def test_a_broken_plugin_is_refused_and_leaves_nothing_behind(ops, load, fault):
     def register(self, registry):
         registry.add(shift())
@@ -205,6 +229,8 @@ def test_a_broken_plugin_is_refused_and_leaves_nothing_behind(ops, load, fault):
     hooks = {"torchax_register_ops": register}
     if fault == "no such hook":
         hooks["torchax_registr_ops"] = lambda self: None
+    if fault == "wrong signature":
+        hooks["torchax_configure"] = lambda self, settings: None
     info = {"name": "broken", "api": "9.0"} if fault == "wrong api" else None
     with pytest.raises(errors.PluginError, match="broken"):
         load("broken", hooks=hooks, info=info)
@@ -216,6 +242,7 @@ def test_a_broken_plugin_is_refused_and_leaves_nothing_behind(ops, load, fault):
         "wrong api": "core API 9.0",
         "twice": "twice",
         "no such hook": "torchax_registr_ops",
+        "wrong signature": "{'settings'} are declared in the hookimpl but can not be found",
     }
     assert status.state == "quarantined" and expected[fault] in status.reason
     with pytest.raises(errors.OperatorNotFound, match="quarantined"):
@@ -284,6 +311,24 @@ def test_broken_installed_plugins_are_quarantined_with_one_warning_each(tmp_path
     assert "SystemExit" in state["exiting"][1] and "core API 2.0" in state["future"][1]
     assert state["unwanted"] == ["disabled", "TORCHAX_PLUGINS"]
     assert out.splitlines()[-1] == "[2.0, 2.0]"
+
+
+def test_of_two_installed_plugins_of_one_name_the_second_is_quarantined(tmp_path):
+    for part in ("one", "two"):
+        (tmp_path / part).mkdir()
+        installed(tmp_path / part, part, "")
+        entry = tmp_path / part / f"{part}_plugin-1.0.dist-info" / "entry_points.txt"
+        entry.write_text(f"[torchax.plugins]\nshared = {part}_plugin\n")
+    out = run_python(
+        "import warnings\n"
+        "warnings.simplefilter('ignore')\n"
+        "import torchax\n"
+        "for p in torchax.plugins.status(): print(p.name, p.state, p.reason, sep='|')\n",
+        PYTHONPATH=f"{tmp_path / 'one'}:{tmp_path / 'two'}",
+    )
+    lines = [line for line in out.splitlines() if line.startswith("shared")]
+    assert lines[0] == "shared|loaded|" and len(lines) == 2
+    assert "|quarantined|" in lines[1] and "-plugin 1.0 has a plugin of this name" in lines[1]
 
 
 def test_without_the_ops_of_pytorch():

@@ -179,7 +179,12 @@ def _ask(func: Any, question: Question, steps: list[dict[str, str]], candidates:
         steps.append({"op": func.name(), "step": "predicates", "result": f"not asked, {call}; taken to hold"})
     known = None if isinstance(call, str) else call
     taken = ""
-    for verdict in REGISTRY.explain(func, question.platform, question.dtype, known):
+    try:
+        verdicts = REGISTRY.explain(func, question.platform, question.dtype, known)
+    except PluginError as error:  # a predicate raised
+        steps.append({"op": func.name(), "step": "resolution", "result": f"an error: {error}"})
+        return ""
+    for verdict in verdicts:
         entry = alternative(verdict.lowering)
         candidates.append({**entry, "taken": verdict.taken, "reason": verdict.reason})
         said = "taken" if verdict.taken else "passed over"

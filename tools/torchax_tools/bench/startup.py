@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -56,9 +58,38 @@ print(json.dumps({"total": total, **counts}))
 """
 
 
-def _run(code: str, *arguments: str) -> str:
+_PLUGIN = """
+from torchax.hookspecs import hookimpl
+from torchax.ops import Lowering
+
+@hookimpl
+def torchax_plugin_info():
+    return {{"name": "{name}", "version": "1", "api": "1.0", "summary": "", "url": ""}}
+
+@hookimpl
+def torchax_register_ops(registry):
+    for i in range({ops}):
+        registry.add(Lowering(op=f"{name}::op{{i}}", fn=abs, priority=i % 3, platforms=("tpu",)))
+"""
+_CPU_SECONDS = """
+import time
+import torch, jax
+start = time.process_time()
+import torchax
+print(time.process_time() - start)
+"""
+
+
+def _run(code: str, *arguments: str, path: str | None = None) -> str:
+    environment = dict(os.environ)
+    if path is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (path, environment.get("PYTHONPATH"))))
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True, timeout=600
+        [sys.executable, "-W", "ignore", "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment,
     )
     if result.returncode:
         said = [
@@ -75,6 +106,29 @@ def imports(rounds: int = 3) -> Iterator[Row]:
         yield Row("import", "import torchax", seconds, "s", "after torch and jax", 0.6)
     except Exception as error:
         yield failed("import", "import torchax", error)
+    yield from plugins()
+
+
+def plugins(count: int = 10, ops: int = 100, rounds: int = 3) -> Iterator[Row]:
+    """Seconds of the processor that installed plugins add to `import torchax`."""
+    name = f"{count} plugins with {count * ops:,} lowerings"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _install(pathlib.Path(folder), count, ops)
+            without, there = (min(float(_run(_CPU_SECONDS, path=p)) for _ in range(rounds)) for p in (None, folder))
+        yield Row("import", name, there - without, "s", "import torchax without them", 0.1)
+    except Exception as error:
+        yield failed("import", name, error)
+
+
+def _install(folder: pathlib.Path, count: int, ops: int) -> None:
+    for i in range(count):
+        name = f"bench{i}"
+        (folder / f"{name}_plugin.py").write_text(_PLUGIN.format(name=name, ops=ops))
+        info = folder / f"{name}_plugin-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-plugin\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[torchax.plugins]\n{name} = {name}_plugin\n")
 
 
 def cold() -> Iterator[Row]:

@@ -29,6 +29,7 @@ _libraries: list[torch.library.Library] = []
 _refusing: list[torch.library.Library] = []
 _autograd: torch.library.Library | None = None
 _registered: set[str] = set()
+_examined: set[str] = set()  # known to be factories, or none
 _CORE_FACTORIES = ("aten::empty.memory_format", "aten::empty_strided")
 
 
@@ -77,8 +78,12 @@ def register_kernels() -> None:
             _registered.add(entry.op)
             if _autograd is not None and entry.op.startswith("aten::"):
                 _autograd.impl(entry.op.removeprefix("aten::"), whole_kernel(_overload(entry.op)))
-        elif entry.kind in ("functional", "stateful", "dynamic"):
-            _register_if_factory(entry.op)
+        elif (
+            entry.kind in ("functional", "stateful", "dynamic")
+            and entry.op not in _examined
+            and _register_if_factory(entry.op)
+        ):
+            _examined.add(entry.op)
 
 
 def _register_composite_outs() -> None:
@@ -100,13 +105,15 @@ def _overload(name: str) -> Any:
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
 
 
-def _register_if_factory(name: str) -> None:
+def _register_if_factory(name: str) -> bool:
+    """Whether the op is defined, so that it need not be looked at again; a factory gets its kernels."""
     schema = torch._C._get_schema(*_split(name)) if _exists(name) else None
     if schema is None:
-        return
+        return False
     takes_tensor = any("Tensor" in str(a.type) for a in schema.arguments)
     if not takes_tensor and any(a.name == "device" for a in schema.arguments):
         _register_factory(name)
+    return True
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -63,7 +63,8 @@ class Lowering:
         layouts: `fn` takes a keyword ``row_major``, the names of the tensor arguments that are contiguous.
         platforms: platforms that this lowering serves; empty means every one.
         dtypes: dtypes of the first tensor argument that it serves; empty means every one.
-        when: a predicate over the call's arguments, `jax.ShapeDtypeStruct`s in place of tensors.
+        when: a predicate over the call's arguments, `jax.ShapeDtypeStruct`s in place of tensors. If it has an attribute
+            `refusal`, called alike, that gives the reason for a no in words.
         priority: the highest whose conditions hold is taken.
         provider: name of the plugin.
         family: the module that it comes from.
@@ -244,7 +245,9 @@ class Registry:
         Raises:
             PluginError: the same plugin registers it twice with the same priority and conditions.
         """
-        entry = dataclasses.replace(entry, provider=entry.provider or self._provider)
+        if not entry.provider:
+            given, entry = entry, object.__new__(Lowering)  # dataclasses.replace is slow where plugins have thousands
+            vars(entry).update(vars(given), provider=self._provider)
         entries = self._by_op.setdefault(entry.op, [])
         for other in entries:
             if other.provider == entry.provider and _same_conditions(other, entry):
@@ -254,7 +257,7 @@ class Registry:
                 )
         entries.append(entry)
         entries.sort(key=lambda e: -e.priority)
-        self._changed()
+        self.changed()
 
     def collect(self, module: types.ModuleType, **attributes: Any) -> None:
         """Register every lowering that `module` defines: decorated functions, and tables at module level.
@@ -283,7 +286,7 @@ class Registry:
                     self._by_op[op] = kept
                 else:
                     del self._by_op[op]
-        self._changed()
+        self.changed()
         return touched
 
     @contextlib.contextmanager
@@ -298,7 +301,8 @@ class Registry:
         finally:
             self._provider = outer
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
+        """Forget what was resolved: also for plugins whose predicates depend on a setting, when it changes."""
         for listener in self.listeners:
             listener()
 
@@ -376,9 +380,18 @@ def _refusal(
         return f"serves platform {'/'.join(entry.platforms)}, not {platform}"
     if entry.dtypes and dtype is not None and dtype not in entry.dtypes:
         return f"does not serve dtype {str(dtype).removeprefix('torch.')}"
-    if entry.when is not None and call is not None and not entry.when(*call[0], **call[1]):
-        return f"its predicate {getattr(entry.when, '__name__', '')} says no"
-    return None
+    if entry.when is None or call is None:
+        return None
+    try:
+        if entry.when(*call[0], **call[1]):
+            return None
+        words = getattr(entry.when, "refusal", None)
+        return (words and words(*call[0], **call[1])) or f"its predicate {getattr(entry.when, '__name__', '')} says no"
+    except Exception as error:
+        raise PluginError(
+            f"{entry.op}: the predicate {_where(entry.when)} of plugin {entry.provider!r} raised {type(error).__name__}: {error}; "
+            f"mend it, or switch the plugin off with TORCHAX_PLUGINS=-{entry.provider}"
+        ) from error
 
 
 def _same_conditions(a: Lowering, b: Lowering) -> bool:

@@ -53,10 +53,18 @@ def load_entry_points() -> None:
     off = {
         part[1:].strip() for part in os.environ.get("TORCHAX_PLUGINS", "").split(",") if part.strip().startswith("-")
     }
+    before = set(_found)
     for entry_point in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name):
-        if entry_point.name in _found:
+        if entry_point.name in before:
             continue
         distribution = f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist else ""
+        first = _found.get(entry_point.name)
+        if first is not None:
+            if first.distribution != distribution:  # the same one is found twice where sys.path names its folder twice
+                name = f"{entry_point.name} ({distribution or 'unknown distribution'})"
+                record = _found[name] = PluginStatus(name, "disabled", distribution=distribution)
+                _quarantine(record, f"{first.distribution or 'another distribution'} has a plugin of this name")
+            continue
         record = _found[entry_point.name] = PluginStatus(entry_point.name, "disabled", distribution=distribution)
         if entry_point.name in off:
             record.reason = "TORCHAX_PLUGINS"
@@ -68,7 +76,8 @@ def load_entry_points() -> None:
         except BaseException as error:  # also SystemExit: a plugin must not end the host program
             _quarantine(record, f"its import failed: {type(error).__name__}: {error}")
             continue
-        _load(record, plugin)
+        _load(record, plugin, announce=False)
+    _announce()
 
 
 def register(plugin: Any, name: str | None = None) -> None:
@@ -122,7 +131,12 @@ def _get(name: str) -> PluginStatus:
     return _found[name]
 
 
-def _load(record: PluginStatus, plugin: Any, strict: bool = False) -> None:
+def _announce() -> None:
+    for listener in on_load:
+        listener()
+
+
+def _load(record: PluginStatus, plugin: Any, strict: bool = False, announce: bool = True) -> None:
     name = record.name
     try:
         _manager.register(plugin, name=name)
@@ -151,8 +165,8 @@ def _load(record: PluginStatus, plugin: Any, strict: bool = False) -> None:
         if strict:
             raise PluginError(f"plugin {name!r} cannot be loaded: {reason}") from error
         return
-    for listener in on_load:
-        listener()
+    if announce:
+        _announce()
     record.state, record.reason = "loaded", ""
     record.ops = len({e.op for e in REGISTRY.all() if e.provider == name})
 
