@@ -45,6 +45,18 @@ KNOWN: tuple[Known, ...] = (
     Known("_batch_norm_with_update", _STATISTICS, ("forward", "noncontiguous", "jit"), _HALVES),
     Known("gather", "out= overlaps the index only once it is resized, which happens after the check here", ("errors",)),
     Known("fft.ihfftn", "over one dimension CPU torch leaves out= unwritten; here it is written", ("out",)),
+    Known(
+        "cumsum",
+        "written into float32 out= it sums in float32; CPU torch rounds the inputs to that, but sums in float64",
+        ("out",),
+        ("float64", "complex128"),
+    ),
+    Known(
+        "logsumexp",
+        "for real out= CPU torch drops the imaginary part before the logarithm; here it is dropped at the end",
+        ("out",),
+        ("complex128",),
+    ),
     Known("linalg.lstsq*", _LSTSQ, ("forward", "noncontiguous")),
     Known("linalg.ldl_*", _HOST, ("jit", "tpu")),
     Known("linalg.eig", _EIG, ("tpu",), ("float32",)),
