@@ -66,6 +66,12 @@ KNOWN: tuple[Known, ...] = (
         "a start given as a tensor is read on the host by torch itself; slice or index with it",
         ("jit", "tpu"),
     ),
+    Known(
+        "logspace.tensor_overload",
+        "under vmap torch takes some 0-d tensors for numbers, which it does for CPU tensors only",
+        ("vmap",),
+        ("int64", "int32"),
+    ),
     Known("as_strided.partial_views", _STORAGE, ("jit", "tpu")),
     Known("as_strided.partial_views", "torch asserts in its own bookkeeping of dual views", ("forward_ad",)),
 )
