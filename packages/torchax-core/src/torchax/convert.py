@@ -178,8 +178,8 @@ def host_array(value: Any, what: str) -> np.ndarray:
     except RuntimeError as error:
         if "deleted" in str(error):
             raise errors.BufferDonated(
-                f"{what}: the tensor's buffer was given away to a compiled function, which has overwritten it. Use the tensor that "
-                "was written, make a copy before the call (.clone(), jnp.copy), or compile with donate_state=False"
+                f"{what}: the tensor's buffer was given away (donated) to a compiled function, which has overwritten it. "
+                "Use the tensor that was written, make a copy before the call (.clone(), jnp.copy), or compile with donate_state=False"
             ) from error
         if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
             raise errors.PlatformUnavailable(

@@ -56,8 +56,8 @@ def donated(arrays: Sequence[Any]) -> str | None:
     for x in arrays:
         if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
             return (
-                f"the buffer of a tensor, {_describe(x)}, was given away to a compiled function, which has overwritten it. Use "
-                "the tensor that was written, make a copy before the call (.clone(), jnp.copy), or compile with "
+                f"the buffer of a tensor, {_describe(x)}, was given away (donated) to a compiled function, which has overwritten it. "
+                "Use the tensor that was written, make a copy before the call (.clone(), jnp.copy), or compile with "
                 "donate_state=False"
             )
     return None
