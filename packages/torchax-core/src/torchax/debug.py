@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import torch
+from torch.utils._pytree import tree_map
 
 from ._execute import state
 from .convert import t2j
@@ -32,7 +33,7 @@ def print(fmt: str, *args: Any, ordered: bool = False, **kwargs: Any) -> None:
         raise TypeError(
             f'torchax.debug.print takes a format string first, as in print("loss {{}}", loss); got {type(fmt).__name__}'
         )
-    args, kwargs = torch.utils._pytree.tree_map(_value, (args, kwargs))
+    args, kwargs = tree_map(_value, (args, kwargs))
     with jax.enable_x64(True):
         jax.debug.print(fmt, *args, ordered=ordered, **kwargs)
 
