@@ -101,7 +101,7 @@ def coverage(
         _no_such_plugin(plugin)
     listed = [row for row in chosen if kind in (None, row.kind)]
     filtered = any(x is not None for x in (plugin, family, kind)) or core
-    report = _report(chosen, listed, str(path) if path is not None else "", platform, dtype)
+    report = _report(chosen, listed, path.name if path is not None else "", platform, dtype)
     changes = None
     if before is not None:
         changes = _changes(before, listed, {row.op for row in everything}, filtered)
