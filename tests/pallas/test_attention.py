@@ -1,88 +1,135 @@
-"""The attention kernel, interpreted on CPU, against the reference; and which calls the kernels take."""
+"""The attention kernels, interpreted on CPU, against the reference in float64; and which calls they take."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+import torchax
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 lowerings = pytest.importorskip("torchax_ops_pallas.lowerings")
-from torchax_ops_pallas import reference  # noqa: E402
-from torchax_ops_pallas.attention import fused_attention  # noqa: E402
+from jax.experimental.pallas import tpu as pltpu  # noqa: E402
+from torchax_ops_pallas import conditions, reference  # noqa: E402
+from torchax_ops_pallas.attention import attention  # noqa: E402
 
 
-def _inputs(shape, keys, dtype):
-    rng = np.random.default_rng(0)
-    batch, heads, length, features = shape
-    draw = [(batch, heads, n, features) for n in (length, keys, keys)]
-    return [jnp.asarray(rng.standard_normal(s), dtype) for s in draw]
+def _case(batch, heads, key_heads, length, keys, features, mask):
+    rng = np.random.default_rng(length + keys)
+    draw = rng.standard_normal
+    arrays = [draw((batch, heads, length, features)), *(draw((batch, key_heads, keys, features)) for _ in range(2))]
+    drawn = {
+        "none": lambda: None,
+        "bool": lambda: rng.random((length, keys)) > 0.3,
+        "of keys": lambda: rng.random((batch, 1, 1, keys)) > 0.3,
+        "added": lambda: draw((batch, heads, length, keys)),
+    }[mask]()
+    if mask == "bool":
+        drawn[5] = False  # a query that sees nothing
+    return arrays, drawn
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("keys", "causal"), [(256, False), (128, False), (256, True)])
-def test_fused_attention_equals_reference(dtype, keys, causal):
-    query, key, value = _inputs((1, 2, 256, 64), keys, dtype)
-    out = fused_attention(query, key, value, causal, 0.125, True)
-    expected = reference.attention(query, key, value, causal, 0.125)
-    assert out.dtype == dtype and out.shape == query.shape
-    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
-    np.testing.assert_allclose(
-        np.asarray(out, np.float32), np.asarray(expected, np.float32), rtol=tolerance, atol=tolerance
+def _value_and_gradients(attend, arrays, dtype):
+    arrays = [jnp.asarray(a, dtype) for a in arrays]
+    out, pull = jax.vjp(attend, *arrays)
+    return [np.asarray(x, np.float64) for x in (out, *pull(out))]
+
+
+def _compare(arrays, mask, causal, dtype=jnp.float32, interpret=True):
+    mask = None if mask is None else jnp.asarray(mask, None if mask.dtype == bool else jnp.float32)
+    found = _value_and_gradients(
+        lambda *x: attention(*x, mask, causal=causal, scale=0.2, interpret=interpret), arrays, dtype
     )
-
-
-def test_gradients_equal_those_of_reference():
-    inputs = _inputs((1, 1, 128, 64), 128, jnp.float32)
-
-    def loss(attend):
-        return jax.grad(lambda q, k, v: jnp.square(attend(q, k, v)).sum(), argnums=(0, 1, 2))(*inputs)
-
-    found = loss(lambda q, k, v: fused_attention(q, k, v, True, 0.125, True))
-    expected = loss(lambda q, k, v: reference.attention(q, k, v, True, 0.125))
+    with jax.enable_x64(True):
+        expected = _value_and_gradients(
+            lambda *x: reference.attention(*x, mask, causal=causal, scale=0.2), arrays, jnp.float64
+        )
+    tolerance = 1e-5 if dtype == jnp.float32 else 4e-2
     for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
+
+
+@settings(max_examples=3)
+@given(
+    heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+    length=st.integers(64, 200),
+    keys=st.integers(64, 200),
+    features=st.sampled_from([64, 80, 96]),
+    mask=st.sampled_from(["none", "bool", "of keys", "added"]),
+    causal=st.booleans(),
+)
+def test_values_and_gradients_equal_the_reference(heads, length, keys, features, mask, causal):
+    _compare(*_case(1, *heads, length, keys, features, mask), causal)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool"])
+def test_bfloat16(mask):
+    _compare(*_case(1, 2, 1, 130, 150, 64, mask), False, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("mask", ["bool", "added"])
+def test_the_interpreter_sees_no_race_and_nothing_out_of_bounds(mask):
+    checks = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+    _compare(*_case(1, 2, 1, 130, 150, 64, mask), True, interpret=checks)
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    assert interpret_pallas_call.races is None or not interpret_pallas_call.races.races_found
+
+
+def test_a_learned_bias_has_a_gradient():
+    arrays, bias = _case(1, 2, 1, 70, 80, 64, "added")
+    q, k, v, bias = (jnp.asarray(x, jnp.float32) for x in (*arrays, bias))
+
+    def gradient(attend):
+        return jax.grad(lambda b: jnp.square(attend(q, k, v, b, causal=False, scale=0.2)).sum())(bias)
+
+    found = gradient(lambda *x, **options: attention(*x, interpret=True, **options))
+    np.testing.assert_allclose(found, gradient(reference.attention), rtol=1e-4, atol=1e-5)
+
+
+def test_through_torch():
+    q, k, v = torch.randn(1, 4, 100, 64), torch.randn(1, 2, 130, 64), torch.randn(1, 2, 130, 64)
+    mask = torch.rand(100, 130) > 0.3
+
+    def run(device):
+        leaves = [t.detach().to(device).requires_grad_() for t in (q, k, v)]
+        out = F.scaled_dot_product_attention(*leaves, attn_mask=mask.to(device), enable_gqa=True)
+        out.square().sum().backward()
+        return [out.detach().cpu(), *(t.grad.cpu() for t in leaves)]
+
+    with torchax.config.override(pallas="interpret"):
+        found = run("jax")
+    torch.testing.assert_close(found, run("cpu"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dropout", "words"), [(0.0, "platform tpu"), (0.5, "dropout_p is 0.5")])
+def test_required_says_what_failed(dropout, words):
+    q = torch.randn(1, 2, 64, 64, device="jax")
+    with torchax.config.override(pallas="required"), pytest.raises(lowerings.KernelUnavailable, match=words):
+        F.scaled_dot_product_attention(q, q, q, dropout_p=dropout)
+    assert F.scaled_dot_product_attention(q, q, q).shape == q.shape
+
+
+_PLAIN = (2, 4, 128, 64)
 
 
 @pytest.mark.parametrize(
-    ("change", "taken"),
+    ("shapes", "options", "words"),
     [
-        ({}, True),
-        ({"is_causal": True}, True),
-        ({"scale": 0.5}, True),
-        ({"dropout_p": 0.1}, False),
-        ({"attn_mask": jax.ShapeDtypeStruct((128, 128), jnp.bool_)}, False),
+        ((_PLAIN,) * 3, {}, None),
+        ((_PLAIN, (2, 2, 100, 64), (2, 2, 100, 80)), {"enable_gqa": True}, None),
+        ((_PLAIN, (2, 2, 100, 64), (2, 2, 100, 64)), {}, "heads do not share"),
+        ((_PLAIN,) * 3, {"dropout_p": 0.1}, "dropout"),
+        (((4, 128, 64),) * 3, {}, "dimensions"),
+        (((2, 4, 8, 64), _PLAIN, _PLAIN), {}, "too few"),
+        (((2, 4, 128, 512),) * 3, {}, "wide"),
+        ((_PLAIN,) * 3, {"attn_mask": jax.ShapeDtypeStruct((128, 128), jnp.bool_)}, None),
+        ((_PLAIN,) * 3, {"attn_mask": jax.ShapeDtypeStruct((3, 128, 128), jnp.bool_)}, "broadcast"),
+        ((_PLAIN,) * 3, {"attn_mask": jax.ShapeDtypeStruct((128, 128), jnp.float16)}, "mask must be"),
     ],
 )
-def test_which_calls_are_taken(change, taken):
-    shape = jax.ShapeDtypeStruct((2, 4, 128, 64), jnp.bfloat16)
-    assert lowerings._short_keys(shape, shape, shape, **change) is taken
-
-
-@pytest.mark.parametrize("shape", [(2, 4, 100, 64), (2, 4, 128, 40), (4, 128, 64)])
-def test_shapes_off_the_tiles_are_left_to_xla(shape):
-    aval = jax.ShapeDtypeStruct(shape, jnp.float32)
-    assert not lowerings._plain(aval, aval, aval)
-
-
-def test_long_keys_go_to_flash_attention():
-    aval = jax.ShapeDtypeStruct((1, 8, 16384, 128), jnp.bfloat16)
-    assert lowerings._plain(aval, aval, aval) and not lowerings._short_keys(aval, aval, aval)
-
-
-def test_kernels_lower_for_tpu():
-    query, key, value = (jax.ShapeDtypeStruct((1, 2, 256, 128), jnp.bfloat16) for _ in range(3))
-    for kernel in (lowerings.short_attention, lowerings.long_attention):
-        for causal in (False, True):
-            program = jax.jit(lambda q, k, v, kernel=kernel, causal=causal: kernel(q, k, v, is_causal=causal))
-            assert "tpu_custom_call" in jax.export.export(program, platforms=["tpu"])(query, key, value).mlir_module()
-
-
-@pytest.mark.parametrize("wide", [False, True])
-def test_gradients_lower_for_tpu(wide):
-    aval = jax.ShapeDtypeStruct((1, 2, 256, 128), jnp.bfloat16)
-
-    def gradients(query, key, value, grad):
-        return jax.vjp(lambda *x: lowerings.long_attention(*x, is_causal=True), query, key, value)[1](grad)
-
-    with jax.enable_x64(wide):
-        module = jax.export.export(jax.jit(gradients), platforms=["tpu"])(aval, aval, aval, aval).mlir_module()
-    assert module.count("tpu_custom_call") >= 3
+def test_which_calls_are_taken(shapes, options, words):
+    refusal = conditions.unfit(*(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes), **options)
+    assert refusal is None if words is None else words in refusal

@@ -26,6 +26,13 @@ class PallasPlugin:
         }
 
     @hookimpl
+    def torchax_configure(self, config: Any) -> None:
+        """Add the setting ``torchax.config.pallas``."""
+        from . import settings
+
+        settings.declare(config)
+
+    @hookimpl
     def torchax_register_ops(self, registry: Any) -> None:
         """Add the lowerings that choose kernels."""
         from . import lowerings

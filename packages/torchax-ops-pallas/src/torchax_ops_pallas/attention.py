@@ -1,84 +1,63 @@
-"""Fused softmax attention for key lengths whose keys and values fit into the vector memory.
+"""Attention by the kernel that serves the call, both ways in 32-bit mode: index arithmetic of kernels fails in the 64-bit one."""
 
-One grid step takes a block of queries and all keys and values of its head: the scores never leave the chip. The
-gradient is the reference's, computed by XLA from the inputs.
-"""
+from __future__ import annotations
 
-import functools
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 
-from . import reference
-from .lowerings import BLOCK
+from .masked import masked_attention
+from .splash import splash_attention
 
 
-def _kernel(query_ref, key_ref, value_ref, out_ref, *, causal: bool, scale: float):
-    query, key, value = query_ref[0], key_ref[0], value_ref[0]
-    scores = lax.dot_general(query, key, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * scale
-    if causal:
-        first = pl.program_id(1) * query.shape[0]
-        rows = first + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-        columns = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        scores = jnp.where(columns <= rows, scores, -jnp.inf)
-    weights = jnp.exp(scores - scores.max(axis=1, keepdims=True))
-    total = weights.sum(axis=1, keepdims=True)
-    out = jnp.dot(weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    out_ref[0] = (out / total).astype(out_ref.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def fused_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, causal: bool, scale: float, interpret: bool = False
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    causal: bool,
+    scale: float,
+    interpret: Any = False,
 ) -> jax.Array:
-    """Attention over ``[batch, heads, length, features]``.
+    """Attention over ``[batch, heads, length, features]``: see `masked_attention` and `splash_attention`."""
 
-    Args:
-        query: ``[batch, heads, L, E]``, L a multiple of `BLOCK`.
-        key: ``[batch, heads, S, E]``.
-        value: ``[batch, heads, S, V]``.
-        causal: whether query i sees the keys up to i alone.
-        scale: factor of the scores.
-        interpret: run as plain JAX operations, for tests off the chip.
+    def attend(query, key, value, *mask):
+        options: dict[str, Any] = {"causal": causal, "scale": scale, "interpret": interpret}
+        if mask:
+            return masked_attention(query, key, value, *mask, **options)
+        return splash_attention(query, key, value, **options)
 
-    Returns:
-        ``[batch, heads, L, V]`` in the dtype of `query`.
-    """
-    batch, heads, length, features = query.shape
-    keys, width = value.shape[2:]
-    n = batch * heads
-
-    def whole(i, j):
-        return i, 0, 0
-
-    out = pl.pallas_call(
-        functools.partial(_kernel, causal=causal, scale=scale),
-        grid=(n, length // BLOCK),
-        in_specs=[
-            pl.BlockSpec((1, BLOCK, features), lambda i, j: (i, j, 0)),
-            pl.BlockSpec((1, keys, features), whole),
-            pl.BlockSpec((1, keys, width), whole),
-        ],
-        out_specs=pl.BlockSpec((1, BLOCK, width), lambda i, j: (i, j, 0)),
-        out_shape=jax.ShapeDtypeStruct((n, length, width), query.dtype),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * n * length * keys * (features + width),
-            transcendentals=n * length * keys,
-            bytes_accessed=(query.size + key.size + value.size + n * length * width) * query.dtype.itemsize,
-        ),
-        interpret=interpret,
-    )(query.reshape(n, length, features), key.reshape(n, keys, features), value.reshape(n, keys, width))
-    return out.reshape(batch, heads, length, width)
+    return _narrow(attend)(query, key, value, *(() if mask is None else (mask,)))
 
 
-def _fused_forward(query, key, value, causal, scale, interpret):
-    return fused_attention(query, key, value, causal, scale, interpret), (query, key, value)
+def _narrow(function: Any) -> Any:
+    """`function` of arrays, traced in 32-bit mode, and its gradient, too."""
 
+    @jax.custom_vjp
+    def call(*operands: jax.Array) -> jax.Array:
+        with jax.enable_x64(False):
+            return function(*operands)
 
-def _fused_backward(causal, scale, interpret, saved, grad):
-    return jax.vjp(lambda q, k, v: reference.attention(q, k, v, causal, scale), *saved)[1](grad)
+    def forward(*operands: Any) -> Any:
+        perturbed = [o.perturbed for o in operands]
+        values = [o.value for o in operands]
 
+        def of_perturbed(*chosen: jax.Array) -> jax.Array:
+            given = iter(chosen)
+            return function(*(next(given) if p else v for p, v in zip(perturbed, values, strict=True)))
 
-fused_attention.defvjp(_fused_forward, _fused_backward)
+        with jax.enable_x64(False):
+            out, pull = jax.vjp(of_perturbed, *(v for v, p in zip(values, perturbed, strict=True) if p))
+        return out, (pull, tuple(() if p else None for p in perturbed))
+
+    def backward(saved: Any, grad: Any) -> Any:
+        pull, perturbed = saved
+        if isinstance(grad, jax.custom_derivatives.SymbolicZero):
+            return tuple(None for _ in perturbed)
+        with jax.enable_x64(False):
+            found = iter(pull(grad))
+        return tuple(None if p is None else next(found) for p in perturbed)
+
+    call.defvjp(forward, backward, symbolic_zeros=True)
+    return call

@@ -1,0 +1,114 @@
+"""The kernels and a model compiled by the real TPU compiler (libtpu), on a machine without a TPU."""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("libtpu")
+pytest.importorskip("torchax_ops_pallas")
+os.environ.update(
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_LOG_DIR="disabled"
+)
+from jax.experimental import pallas as pl
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from torchax import convert
+from torchax_ops_pallas.attention import attention
+
+pytestmark = pytest.mark.tpu_aot
+
+
+@functools.cache
+def _mesh(topology):
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return Mesh(np.array(devices[:1]), ("x",))
+
+
+def _compile(function, *shapes, topology="v5e:2x2"):
+    mesh = _mesh(topology)
+    avals = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, PartitionSpec())) for s in shapes]
+    with jax.sharding.set_mesh(mesh):
+        return jax.jit(function).trace(*avals).lower(lowering_platforms=("tpu",)).compile()
+
+
+def _train(*operands, causal):
+    query, key, value, *mask = operands
+
+    def loss(*qkv):
+        return attention(*qkv, *mask, causal=causal, scale=0.1).astype(jnp.float32).sum()
+
+    return jax.grad(loss, argnums=(0, 1, 2))(query, key, value)
+
+
+_WIDE = [(8, 2, 1024, 1024, 128, jnp.bfloat16), (4, 2, 1000, 700, 80, jnp.bfloat16), (2, 1, 600, 600, 256, jnp.float32)]
+_ROWS = [("v5e:2x2", *c) for c in [*_WIDE, (4, 4, 100, 70, 64, jnp.float32), (2, 2, 4096, 4096, 96, jnp.bfloat16)]] + [
+    (t, *c) for t in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2") for c in _WIDE[2:]
+]
+
+
+@pytest.mark.parametrize("mask", ["none", "bool"])
+@pytest.mark.parametrize(("topology", "heads", "key_heads", "length", "keys", "features", "dtype"), _ROWS)
+def test_kernels_compile(topology, heads, key_heads, length, keys, features, dtype, mask):
+    query = jax.ShapeDtypeStruct((1, heads, length, features), dtype)
+    key = jax.ShapeDtypeStruct((1, key_heads, keys, features), dtype)
+    masks = () if mask == "none" else (jax.ShapeDtypeStruct((length, keys), jnp.bool_),)
+    program = _compile(functools.partial(_train, causal=True), query, key, key, *masks, topology=topology)
+    assert program.as_text().count("tpu_custom_call") >= 3
+
+
+def _llama_block():
+    import torch
+    import torchax
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=2, vocab_size=64
+    )
+    config._attn_implementation = "sdpa"
+    block, rotary = LlamaDecoderLayer(config, 0).bfloat16(), LlamaRotaryEmbedding(config)
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = block
+            self.rotary = rotary
+
+        def forward(self, x):
+            positions = torch.arange(x.shape[1], device=x.device)[None]
+            return self.block(x, position_embeddings=self.rotary(x, positions))
+
+    weights, function = torchax.extract_jax(Block().eval())
+    return weights, lambda w, x: function(w, (x,))
+
+
+def test_a_llama_block_of_8k_tokens_uses_the_kernel():
+    import torchax
+
+    weights, function = _llama_block()
+    x = jax.ShapeDtypeStruct((1, 8192, 1024), jnp.bfloat16)
+    leaves, tree = jax.tree.flatten(weights)
+    temporary = {}
+    for mode in ("off", "required"):
+        with torchax.config.override(pallas=mode), convert.compiling_for("tpu"):
+            program = _compile(lambda x, *w: function(tree.unflatten(w), x), x, *leaves)
+        assert ("tpu_custom_call" in program.as_text()) is (mode == "required")
+        temporary[mode] = program.memory_analysis().temp_size_in_bytes
+    assert temporary["required"] < 0.25 * temporary["off"]
+
+
+def test_a_kernel_that_exceeds_the_vector_memory_is_refused():
+    block = pl.BlockSpec((4096, 16384), lambda i: (i, 0))
+
+    def double(x):
+        kernel = lambda x_ref, out_ref: out_ref.__setitem__(..., x_ref[...] * 2)
+        return pl.pallas_call(
+            kernel, grid=(2,), in_specs=[block], out_specs=block, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype)
+        )(x)
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="(?i)vmem"):
+        _compile(double, jax.ShapeDtypeStruct((8192, 16384), jnp.float32))
