@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from ._room import make_room
+
 if TYPE_CHECKING:
     from .._storage import Storage
     from ..tensor import Tensor
@@ -51,6 +53,8 @@ class Program:
         # what is computed without arrays of that device, too, must lie there
         placement = jax.sharding.SingleDeviceSharding(jax.local_devices()[index]) if index else None
         self.jitted = jax.jit(run, out_shardings=placement)
+        if state.executor is not None and state.executor.owner is None:  # nothing is being traced
+            make_room()
 
 
 class Executor(Protocol):
