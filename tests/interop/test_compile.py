@@ -403,3 +403,30 @@ def test_static_cache_of_transformers() -> None:
             got.append(out.logits)
     torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-4, atol=1e-5)
     assert compiled.cache_info().misses <= 3
+
+
+def test_lower_gives_the_program_and_leaves_everything_as_it_was():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 2)).to("jax")
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    @torchax.compile
+    def step(x):
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    x = torch.randn(6, 4, device="jax")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    random_state = torch.jax.get_rng_state()
+    for _ in range(2):
+        compiled = step.lower(x).compile()
+        assert compiled.cost_analysis()["flops"] > 0 and "f32[6,8]" in compiled.as_text()
+    assert not optimizer.state and all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.jax.get_rng_state(), random_state)
+    for k, v in model.state_dict().items():
+        assert torch.equal(v, before[k])
+    step(x)
+    step.lower(x)
+    assert step.cache_info().misses == 1

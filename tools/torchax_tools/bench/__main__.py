@@ -16,11 +16,11 @@ from rich.table import Table
 
 from .measure import Row, failed
 
-GROUPS = ("import", "ops", "linear", "threads", "train", "families", "gpt", "cold")
+GROUPS = ("import", "ops", "linear", "threads", "train", "families", "gpt", "steps", "cold")
 
 
 def _group(name: str) -> Callable[[], Iterator[Row]]:
-    from . import families, gpt, ops, startup, train
+    from . import families, gpt, ops, startup, steps, train
 
     return {
         "import": startup.imports,
@@ -30,6 +30,7 @@ def _group(name: str) -> Callable[[], Iterator[Row]]:
         "train": train.train,
         "families": families.families,
         "gpt": gpt.gpt,
+        "steps": steps.steps,
         "cold": startup.cold,
     }[name]
 

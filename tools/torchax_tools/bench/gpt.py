@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import torchax
 
 from .measure import Row, ratio
-from .models import BATCH, GPT, HEADS, LAYERS, LENGTH, VOCABULARY, WIDTH
+from .models import BATCH, GPT, HEADS, LAYERS, LENGTH, VOCABULARY
 
 Weights = dict[str, jax.Array]
 
@@ -30,16 +30,16 @@ def _linear(w: Weights, name: str, x: jax.Array) -> jax.Array:
 
 def forward(w: Weights, tokens: jax.Array) -> jax.Array:
     """Logits (batch, length, vocabulary) for tokens (batch, length)."""
-    batch, length = tokens.shape
+    (batch, length), width = tokens.shape, w["norm.weight"].shape[0]
     x = w["tokens.weight"][tokens] + w["positions.weight"][:length]
     mask = jnp.tril(jnp.ones((length, length), bool))
     for i in range(LAYERS):
         b = f"blocks.{i}."
-        qkv = _linear(w, b + "qkv", _norm(w, b + "norm1", x)).reshape(batch, length, 3, HEADS, WIDTH // HEADS)
+        qkv = _linear(w, b + "qkv", _norm(w, b + "norm1", x)).reshape(batch, length, 3, HEADS, width // HEADS)
         q, k, v = jnp.transpose(qkv, (2, 0, 3, 1, 4))
-        scores = jnp.where(mask, jnp.einsum("bhqd,bhkd->bhqk", q, k) * (WIDTH // HEADS) ** -0.5, -jnp.inf)
+        scores = jnp.where(mask, jnp.einsum("bhqd,bhkd->bhqk", q, k) * (width // HEADS) ** -0.5, -jnp.inf)
         seen = jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(scores, -1), v)
-        x = x + _linear(w, b + "out", seen.swapaxes(1, 2).reshape(batch, length, WIDTH))
+        x = x + _linear(w, b + "out", seen.swapaxes(1, 2).reshape(batch, length, width))
         h = jax.nn.gelu(_linear(w, b + "up", _norm(w, b + "norm2", x)), approximate=False)
         x = x + _linear(w, b + "down", h)
     return _norm(w, "norm", x) @ w["head.weight"].T

@@ -34,6 +34,8 @@ def make_step(
 
 def train() -> Iterator[Row]:
     """Loss and gradients; a step with momentum, eagerly and compiled."""
+    # the fastest for torch at this size; and its threads would go on spinning for a while, on cores that XLA needs
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = ThreeLayers()
     x, y = torch.randn(32, 64), torch.randint(0, 10, (32,))

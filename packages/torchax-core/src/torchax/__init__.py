@@ -55,7 +55,8 @@ if TYPE_CHECKING:
     from .interop import compile, extract_jax, load_checkpoint, save_checkpoint
 
 __all__ = [
-    "Generator", "Tensor", "amp", "compile", "config", "convert", "debug", "default_env", "device", "disable_globally", "dtypes",
-    "enable_accuracy_mode", "enable_globally", "enable_performance_mode", "errors", "extract_jax", "from_dlpack", "hookspecs",
-    "interop", "load_checkpoint", "ops", "plugins", "random", "save_checkpoint", "view",
+    "Generator", "Tensor", "amp", "compile", "config", "convert", "debug", "default_env", "device", "disable_globally",
+    "distributed", "dtypes", "enable_accuracy_mode", "enable_globally", "enable_performance_mode", "errors", "export",
+    "extract_jax", "from_dlpack", "hookspecs", "interop", "load_checkpoint", "mesh_util", "ops", "plugins", "random",
+    "save_checkpoint", "view",
 ]  # fmt: skip

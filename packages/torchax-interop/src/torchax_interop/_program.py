@@ -148,19 +148,7 @@ class Program:
     # ------------------------------------------------------------------ calls
     def execute(self, leaves: list[Any]) -> list[Any]:
         """Run it; gives the results."""
-        for number in self.numbers:
-            value = number[0][number[1]]
-            if value is not number[3] and float(value) != number[3]:
-                number[3] = float(value)
-                number[2].value = np.float64(number[3])
-        for source in self.sources:
-            settle_source(source, self.mesh)
-        arrays = [s.value for s in self.storages]
-        arrays += self.constants
-        if self.in_shardings is None:
-            arrays += [g.value(leaves) for g in self.groups]
-        else:
-            arrays += [_placed(g.value(leaves), self.in_shardings[g.members[0]]) for g in self.groups]
+        arrays = self._arrays(leaves)
         if self.donated_arguments and len(set(map(id, arrays))) < len(arrays):
             self._make_distinct(arrays)
         if self.halves is None:
@@ -177,6 +165,28 @@ class Program:
             outs = call.outs
         self._write_back(leaves, outs)
         return self._results(leaves, outs, found)
+
+    def lower(self, leaves: list[Any]) -> jax.stages.Lowered:
+        """Its XLA program for these arguments, not run."""
+        with jax.enable_x64(True):
+            return self._run.lower(*self._arrays(leaves))
+
+    def _arrays(self, leaves: list[Any]) -> list[Any]:
+        """The inputs of the XLA program."""
+        for number in self.numbers:
+            value = number[0][number[1]]
+            if value is not number[3] and float(value) != number[3]:
+                number[3] = float(value)
+                number[2].value = np.float64(number[3])
+        for source in self.sources:
+            settle_source(source, self.mesh)
+        arrays = [s.value for s in self.storages]
+        arrays += self.constants
+        if self.in_shardings is None:
+            arrays += [g.value(leaves) for g in self.groups]
+        else:
+            arrays += [_placed(g.value(leaves), self.in_shardings[g.members[0]]) for g in self.groups]
+        return arrays
 
     def _make_distinct(self, arrays: list[Any]) -> None:
         """An argument that is overwritten may be passed as something else, too: it then gives a copy away."""

@@ -33,8 +33,13 @@ class Swallowed(Exception):
 
 
 def record(
-    fn: Callable[..., Any], leaves: list[Any], spec: Spec, options: Options, known: list[Tensor]
-) -> tuple[Program, list[Any]]:
+    fn: Callable[..., Any],
+    leaves: list[Any],
+    spec: Spec,
+    options: Options,
+    known: list[Tensor],
+    use: Callable[[Program, list[Any]], Any] = Program.execute,
+) -> tuple[Program, Any]:
     """Record a call, compile it and run it; gives the program and the results of this first run.
 
     Args:
@@ -43,11 +48,12 @@ def record(
         spec: their nest.
         options: how to compile.
         known: parameters that earlier recordings met.
+        use: what is done with the program in place of running it; Python's state is then as before the call.
     """
     explicit: list[Storage] = []
     while True:
         try:
-            return Recorder(fn, leaves, spec, options, explicit, known).run()
+            return Recorder(fn, leaves, spec, options, explicit, known).run(use)
         except Swallowed as found:
             explicit += found.storages
 
@@ -74,7 +80,7 @@ class Recorder:
         self.cotangents: list[Storage] = []
         self.roots: list[Tensor | int] = []  # tensors from outside, or positions among the leaves
 
-    def run(self) -> tuple[Program, list[Any]]:
+    def run(self, use: Callable[[Program, list[Any]], Any]) -> tuple[Program, Any]:
         recording = self.recording
         refuse_schedulers()
         try:
@@ -86,7 +92,9 @@ class Recorder:
             if lost:
                 raise Swallowed([s for s, a in recording.captured.items() if id(a) in lost])
             program = Program(self, closed)
-            outs = program.execute(self.leaves)
+            outs = use(program, self.leaves)
+            if use is not Program.execute:
+                self.restore()
         except BaseException:
             self.restore()
             raise

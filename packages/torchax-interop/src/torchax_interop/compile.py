@@ -111,6 +111,18 @@ class Compiled:
             self._keep(key, program)
             return assemble(program, results, objects)
 
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """The XLA program of a call with these arguments, as `jax.jit`'s ``lower``: recorded, but not run or kept.
+
+        Of a result that carries gradients it is the forward program. ``.compile()`` gives ``memory_analysis()``, ``cost_analysis()``
+        and ``as_text()``. A step that makes its optimizer's state in its first call is best called once before.
+        """
+        leaves: list[Any] = []
+        spec = flatten((args, kwargs), leaves, None, [])
+        options = self._jit.options(args, kwargs, spec)
+        with self._lock:
+            return record(self.fn, leaves, spec, options, list(self._known.values()), Program.lower)[1]
+
     def _keep(self, key: Key, program: Program) -> None:
         # a first call that leaves new tensors behind (an optimizer's state, a cached mask) is not like those that follow
         if not program.settled and key not in self._once:
@@ -280,6 +292,7 @@ def _compile_module(module: torch.nn.Module, options: dict[str, Any]) -> torch.n
 
         cache_info = staticmethod(compiled.cache_info)
         cache_clear = staticmethod(compiled.cache_clear)
+        lower = staticmethod(compiled.lower)
 
     CompiledModule.__name__, CompiledModule.__qualname__, CompiledModule.__module__ = (
         kind.__name__,
