@@ -14,9 +14,7 @@ def _scale(query, scale):
 def _repeat_heads(query, key, value):
     """Grouped-query attention: every head of key and value serves as many consecutive heads of the query."""
     key, value = (
-        t
-        if t.shape[-3] == query.shape[-3]
-        else jnp.repeat(t, query.shape[-3] // t.shape[-3], axis=-3)
+        t if t.shape[-3] == query.shape[-3] else jnp.repeat(t, query.shape[-3] // t.shape[-3], axis=-3)
         for t in (key, value)
     )
     return key, value
