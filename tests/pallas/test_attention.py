@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 lowerings = pytest.importorskip("torchax_ops_pallas.lowerings")
 from jax.experimental.pallas import tpu as pltpu  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
 from torchax_ops_pallas import conditions, reference  # noqa: E402
 from torchax_ops_pallas.attention import attention  # noqa: E402
 
@@ -75,7 +76,7 @@ def test_the_interpreter_sees_no_race_and_nothing_out_of_bounds(mask):
     _compare(*_case(1, 2, 1, 130, 150, 64, mask), True, interpret=checks)
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
-    assert interpret_pallas_call.races is None or not interpret_pallas_call.races.races_found
+    assert not interpret_pallas_call.races.races_found
 
 
 def test_a_learned_bias_has_a_gradient():
@@ -133,3 +134,16 @@ _PLAIN = (2, 4, 128, 64)
 def test_which_calls_are_taken(shapes, options, words):
     refusal = conditions.unfit(*(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes), **options)
     assert refusal is None if words is None else words in refusal
+
+
+def test_no_kernel_where_xla_would_have_to_divide_it(monkeypatch):
+    x = jax.ShapeDtypeStruct((1, 2, 128, 64), jnp.float32)
+    assert conditions.on_tpu(x, x, x)
+    monkeypatch.setattr(torchax._sharding.pins, "epoch", 1)  # as shard_module does
+    assert "jax_shard_map" in conditions.on_tpu.refusal(x, x, x)
+    mesh, found = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)), []
+    each = jax.shard_map(
+        lambda t: (found.append(conditions.on_tpu(x, x, x)), t)[1], mesh=mesh, in_specs=P(), out_specs=P()
+    )
+    each(jnp.ones(2))
+    assert found == [True]

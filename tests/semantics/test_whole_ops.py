@@ -57,6 +57,22 @@ class Late:
         )
 
 
+def test_a_whole_lowering_that_fails_says_why_with_and_without_gradients():
+    class Wrong:
+        @torchax.hookspecs.hookimpl
+        def torchax_register_ops(self, registry):
+            registry.add(Lowering(op="aten::cosine_similarity", fn=lambda x, y, dim=1, eps=1e-8: x, whole=True))
+
+    torchax.plugins.register(Wrong(), "wrong-shape")
+    try:
+        for requires_grad in (False, True):
+            x = torch.ones(2, 3, device="jax", requires_grad=requires_grad)
+            with pytest.raises(torchax.errors.LoweringError, match=r"gave shape \[2, 3\] where torch gives \[2\]"):
+                F.cosine_similarity(x, x)
+    finally:
+        torchax.plugins.disable("wrong-shape")
+
+
 def test_a_whole_lowering_of_a_late_plugin():
     x = torch.randn(2, 3).to("jax").requires_grad_()
     torchax.plugins.register(Late(), "late")

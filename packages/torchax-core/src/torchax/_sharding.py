@@ -41,6 +41,16 @@ class _Pins:
 
 
 pins = _Pins()
+
+
+def divided() -> bool:
+    """Whether XLA may have to divide what is computed now over devices, which it cannot do with a kernel.
+
+    So it is as soon as a tensor has been laid out over devices, but not in code for each device (`shard_map`).
+    """
+    return pins.epoch > 0 and not jax.sharding.get_abstract_mesh().manual_axes
+
+
 _relayouts: dict[Any, Callable[[Any], Any]] = {}
 
 

@@ -108,7 +108,13 @@ class _Call:
 class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Any) -> Any:
-        out = call.rule.run(call.served, call.operands(tensors, call.others), (), {})
+        served, operands = call.served, call.operands(tensors, call.others)
+        try:
+            out = call.rule.run(served, operands, (), {})
+        except (
+            Exception
+        ):  # once more with the arguments, in whose terms the error is; a call that goes well has no use for them
+            out = call.rule.run(served, operands, *place(served.template, operands))
         ctx.call = call
         outs = () if not call.served.lowering.saves_result else (out,) if call.single else out
         ctx.save_for_backward(*tensors, *outs)

@@ -37,9 +37,9 @@ def refuse_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
 ):
     """The error of ``torchax.config.pallas = "required"`` for calls that no kernel takes."""
-    reason = conditions.unfit(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    ) or ("the kernels are compiled for platform tpu alone; 'interpret' runs them on this one")
+    call = (query, key, value, attn_mask, dropout_p, is_causal)
+    reason = conditions.on_tpu.refusal(*call, scale=scale, enable_gqa=enable_gqa)
+    reason = reason or "the kernels are compiled for platform tpu alone; 'interpret' runs them on this one"
     raise KernelUnavailable(
         f"torchax.config.pallas is 'required', but no kernel serves scaled_dot_product_attention here: {reason}"
     )

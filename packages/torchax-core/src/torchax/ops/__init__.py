@@ -7,7 +7,10 @@ import torch
 
 from .._checks import raise_if
 from .._registry import REGISTRY, Lowering, lowering, op_name, stateful, table, view_lowering
+from .._sharding import divided
 
 aten = torch.ops.aten
 
-__all__ = ["REGISTRY", "Lowering", "aten", "lowering", "op_name", "raise_if", "stateful", "table", "view_lowering"]
+__all__ = [
+    "REGISTRY", "Lowering", "aten", "divided", "lowering", "op_name", "raise_if", "stateful", "table", "view_lowering",
+]  # fmt: skip
