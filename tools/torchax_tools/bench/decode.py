@@ -102,5 +102,5 @@ def decode() -> Iterator[Row]:
     expected, found = mine()[0, PROMPT:].tolist(), np.array(by_hand()).tolist()
     if expected != found:
         raise ArithmeticError(f"the two loops give other tokens: {expected} and {found}")
-    seconds = [s / NEW for s in times(mine, by_hand, cpu, rounds=7, batch=0.2)]
-    yield Row("decode", "Llama, per token", seconds[0] / seconds[1], "x", "JAX loop", 1.15, *seconds)
+    a, b, c = (s / NEW for s in times(mine, by_hand, cpu, rounds=7, batch=0.2))
+    yield Row("decode", "Llama, per token", a / b, "x", "JAX loop", 1.15, a, b, c)

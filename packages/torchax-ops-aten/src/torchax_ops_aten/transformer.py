@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from torchax.ops import aten, lowering
 
-from .attention import _safe_softmax
+from .attention import masked_softmax
 from .norm import moments, wide
 
 _SOURCE, _KEYS = (
@@ -39,7 +39,7 @@ def _attention(query, key, value, num_head, qkv_weight, qkv_bias, proj_weight, p
         if mask_type == _KEYS:
             hidden = hidden[:, None, None, :]
         scores = jnp.where(hidden, -jnp.inf, scores)
-    weights = _safe_softmax(scores)[0]
+    weights = masked_softmax(scores, mask)[0]
     out = jnp.einsum("nhls,nhse->nlhe", weights.astype(v.dtype), v, preferred_element_type=accumulate).astype(
         query.dtype
     )
