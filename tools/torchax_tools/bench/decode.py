@@ -89,16 +89,16 @@ def decode() -> Iterator[Row]:
         "num_hidden_layers": LAYERS,
     }
     none: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-    on_cpu = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, **none)).eval()
+    on_cpu: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, **none)).eval()
     weights = {k: jnp.asarray(v.detach().numpy()) for k, v in on_cpu.state_dict().items()}
     prompt = torch.randint(1, VOCABULARY, (1, PROMPT))
     ours = torchax.compile(copy.deepcopy(on_cpu).to("jax"))
     options = {"max_new_tokens": NEW, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
     on_device = {**options, "attention_mask": torch.ones_like(prompt).to("jax")}
     on_jax = prompt.to("jax")
-    mine = lambda: ours.generate(on_jax, **on_device, cache_implementation="static")  # type: ignore[operator]
+    mine = lambda: ours.generate(on_jax, **on_device, cache_implementation="static")
     by_hand = _by_hand(weights, jnp.asarray(prompt[0].numpy(), jnp.int32))
-    cpu = lambda: on_cpu.generate(prompt, **options)  # type: ignore[operator]
+    cpu = lambda: on_cpu.generate(prompt, **options)
     expected, found = mine()[0, PROMPT:].tolist(), np.array(by_hand()).tolist()
     if expected != found:
         raise ArithmeticError(f"the two loops give other tokens: {expected} and {found}")

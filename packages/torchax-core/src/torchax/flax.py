@@ -1,24 +1,12 @@
-"""flax and torch modules inside of each other: `torchax_interop.flax`, under the name that users import."""
+"""flax and torch modules inside of each other. It lives in the distribution torchax-interop."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .interop import _load
+from ._forwarding import forwarding
 
 if TYPE_CHECKING:
     from torchax_interop.flax import *  # noqa: F403
 
-
-def __getattr__(name: str) -> Any:
-    if name.startswith("__") and name != "__all__":  # what Python asks every module must not load it
-        raise AttributeError(name)
-    try:
-        value = globals()[name] = getattr(_load("torchax_interop.flax"), name)
-    except AttributeError:
-        raise AttributeError(f"module 'torchax.flax' has no attribute {name!r}") from None
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(_load("torchax_interop.flax").__all__)
+__getattr__, __dir__ = forwarding(__name__, "torchax_interop.flax")

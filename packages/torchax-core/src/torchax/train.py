@@ -1,24 +1,12 @@
-"""Training steps out of a model, a loss and an optimizer: `torchax_interop.train`, under the name that users import."""
+"""Training steps out of a model, a loss and an optimizer. It lives in the distribution torchax-interop."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .interop import _load
+from ._forwarding import forwarding
 
 if TYPE_CHECKING:
     from torchax_interop.train import *  # noqa: F403
 
-
-def __getattr__(name: str) -> Any:
-    if name.startswith("__") and name != "__all__":  # what Python asks every module must not load it
-        raise AttributeError(name)
-    try:
-        value = globals()[name] = getattr(_load("torchax_interop.train"), name)
-    except AttributeError:
-        raise AttributeError(f"module 'torchax.train' has no attribute {name!r}") from None
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(_load("torchax_interop.train").__all__)
+__getattr__, __dir__ = forwarding(__name__, "torchax_interop.train")
