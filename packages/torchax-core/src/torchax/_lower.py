@@ -156,7 +156,12 @@ def _promoted(x: Any, dtype: np.dtype) -> Any:
             return complex(x)
         fits = dtype.kind == "b" or np.iinfo(dtype).min <= x.real <= np.iinfo(dtype).max
         return x if fits else np.asarray(x).astype(dtype)
-    return convert.cast(jnp.asarray(x), dtype) if x.dtype != dtype else x
+    if x.dtype == dtype:
+        return x
+    x = jnp.asarray(x)
+    if x.dtype == np.bool_ and dtype.kind not in "bui":  # XLA makes a select of a product with a bool: False * inf is 0
+        x = x.astype(np.uint8)
+    return convert.cast(x, dtype)
 
 
 def _rounded_to_half(x: Any) -> Any:
