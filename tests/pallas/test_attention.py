@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 lowerings = pytest.importorskip("torchax_ops_pallas.lowerings")
+from jax.experimental import pallas as pl  # noqa: E402
 from jax.experimental.pallas import tpu as pltpu  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
 from torchax_ops_pallas import conditions, reference  # noqa: E402
 from torchax_ops_pallas.attention import attention  # noqa: E402
 
@@ -136,14 +136,26 @@ def test_which_calls_are_taken(shapes, options, words):
     assert refusal is None if words is None else words in refusal
 
 
-def test_no_kernel_where_xla_would_have_to_divide_it(monkeypatch):
+def test_a_kernel_fits_also_where_tensors_are_divided(monkeypatch):
     x = jax.ShapeDtypeStruct((1, 2, 128, 64), jnp.float32)
-    assert conditions.on_tpu(x, x, x)
     monkeypatch.setattr(torchax._sharding.pins, "epoch", 1)  # as shard_module does
-    assert "jax_shard_map" in conditions.on_tpu.refusal(x, x, x)
-    mesh, found = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)), []
-    each = jax.shard_map(
-        lambda t: (found.append(conditions.on_tpu(x, x, x)), t)[1], mesh=mesh, in_specs=P(), out_specs=P()
-    )
-    each(jnp.ones(2))
-    assert found == [True]
+    assert conditions.on_tpu(x, x, x)
+
+
+def test_the_interpreter_sees_an_index_map_that_leaves_the_array():
+    def double(x, shift):
+        kernel = lambda x_ref, out_ref: out_ref.__setitem__(..., x_ref[...] * 2)
+        block = lambda shift: pl.BlockSpec((8, 128), lambda i: (i + shift, 0))
+        return pl.pallas_call(
+            kernel,
+            grid=(2,),
+            in_specs=[block(shift)],
+            out_specs=block(0),
+            out_shape=jax.ShapeDtypeStruct((16, 128), jnp.float32),
+            interpret=pltpu.InterpretParams(out_of_bounds_reads="raise"),
+        )(x)
+
+    x = jnp.ones((16, 128), jnp.float32)
+    assert (double(x, 0) == 2).all()
+    with pytest.raises(Exception, match="(?i)out.of.bounds"):
+        double(x, 1).block_until_ready()

@@ -101,6 +101,40 @@ def test_a_llama_block_of_8k_tokens_uses_the_kernel():
     assert temporary["required"] < 0.25 * temporary["off"]
 
 
+def test_a_divided_train_step_of_a_llama_block_uses_the_kernels():
+    import torchax
+
+    weights, function = _llama_block()
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "model"))
+
+    def shape(x, *spec):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def place(path, x):  # by outputs what widens, by inputs what narrows
+        name = jax.tree_util.keystr(path)
+        narrow = "o_proj" in name or "down_proj" in name
+        return shape(x, *((None, "model") if narrow else ("model",)) if x.ndim == 2 else ())
+
+    weights = jax.tree_util.tree_map_with_path(place, weights)
+    x = shape(jax.ShapeDtypeStruct((2, 8192, 1024), jnp.bfloat16), "data")
+
+    def step(weights, x):
+        loss = lambda weights: jnp.square(jax.tree.leaves(function(weights, x))[0].astype(jnp.float32)).mean()
+        return jax.grad(loss)(weights)
+
+    temporary = {}
+    for mode in ("off", "required"):
+        with torchax.config.override(pallas=mode), convert.compiling_for("tpu"):
+            program = jax.jit(lambda *a: step(*a)).trace(weights, x).lower(lowering_platforms=("tpu",)).compile()
+        text = program.as_text()
+        assert text.count("tpu_custom_call") == (3 if mode == "required" else 0)  # forward, dq, dk and dv
+        temporary[mode] = program.memory_analysis().temp_size_in_bytes
+    assert "bf16[1,4,8192,128]" in text  # one sequence of two, four heads of eight
+    assert "all-to-all" not in text
+    assert temporary["required"] < 0.25 * temporary["off"]
+
+
 def test_a_kernel_that_exceeds_the_vector_memory_is_refused():
     block = pl.BlockSpec((4096, 16384), lambda i: (i, 0))
 

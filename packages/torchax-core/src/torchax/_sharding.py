@@ -43,12 +43,17 @@ class _Pins:
 pins = _Pins()
 
 
-def divided() -> bool:
-    """Whether XLA may have to divide what is computed now over devices, which it cannot do with a kernel.
+_batch_axes: dict[tuple[str, ...], tuple[str, ...]] = {}
 
-    So it is as soon as a tensor has been laid out over devices, but not in code for each device (`shard_map`).
-    """
-    return pins.epoch > 0 and not jax.sharding.get_abstract_mesh().manual_axes
+
+def divide_batch(mesh: Any, axes: tuple[str, ...]) -> None:
+    """Say which axes of meshes that are named as `mesh` divide the batch: the division of kernels goes by it."""
+    _batch_axes[tuple(mesh.axis_names)] = tuple(axes)
+
+
+def batch_axes(names: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Which of the mesh axes `names` divide the batch; None if nothing has said so."""
+    return _batch_axes.get(names)
 
 
 _relayouts: dict[Any, Callable[[Any], Any]] = {}

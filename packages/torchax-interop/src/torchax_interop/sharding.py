@@ -14,7 +14,7 @@ import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torchax import convert
 from torchax._execute import Program, state
-from torchax._sharding import place
+from torchax._sharding import divide_batch, place
 from torchax._storage import dense_meta
 from torchax.tensor import Tensor, wrap
 
@@ -91,6 +91,8 @@ def shard_module(
     if optimizer is not None:
         shard_optimizer(optimizer)
     _hook_modules(model, mesh, batch)
+    if batch or len(mesh.axis_names) == 1:
+        divide_batch(mesh, batch)
     return model
 
 
@@ -169,11 +171,13 @@ def shard_batch(batch: Any, mesh: Any, axis: Any = "data", *, dim: int = 0) -> A
         ValueError: the axis does not divide the batch evenly.
     """
     mesh = as_mesh(mesh)
+    if dim == 0:
+        divide_batch(mesh, axis if isinstance(axis, tuple) else (axis,))
 
     def put(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
             return x
-        spec = [None] * x.dim()
+        spec: list[Any] = [None] * x.dim()
         if x.dim():
             spec[dim] = axis
         sharding = checked_sharding(mesh, spec, x.shape, "a tensor of the batch")

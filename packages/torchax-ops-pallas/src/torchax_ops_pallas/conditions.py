@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from torchax.ops import divided
 
 from .settings import mode
 
@@ -91,10 +90,6 @@ class Condition:
 def _on_tpu(*args: Any, **kwargs: Any) -> str | None:
     if mode() == "off":
         return "torchax.config.pallas is 'off'"
-    if divided():
-        return (
-            "tensors are divided over devices, and XLA cannot divide a kernel: call it in torchax.interop.jax_shard_map"
-        )
     return unfit(*args, **kwargs)
 
 

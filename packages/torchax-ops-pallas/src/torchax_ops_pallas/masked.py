@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from . import reference
 from .blocks import LANES, Blocks, attention_blocks
+from .dividing import over_batch_and_heads
 
 _ABT = (((1,), (1,)), ((), ()))  # a @ b.T
 _AB = (((1,), (0,)), ((), ()))
@@ -202,7 +203,30 @@ def _cost(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, p
     )
 
 
+def _run(call: _Call, body: Any, names: tuple[str, ...], outputs: tuple[str, ...], *operands: jax.Array) -> Any:
+    """`body` on as many heads as a device has."""
+
+    def of_part(query: jax.Array, key: jax.Array, *rest: jax.Array) -> Any:
+        return body(call._replace(group=query.shape[1] // key.shape[1]), query, key, *rest)
+
+    if not isinstance(call.interpret, bool):  # the TPU interpreter calls back in order, which a divided call cannot
+        return of_part(*operands)
+    mask = "".join("1" if n == 1 else d for n, d in zip(operands[3].shape, "bhqk", strict=True))
+    inputs = tuple(mask if name == "mask" else name for name in names)
+    return over_batch_and_heads(of_part, inputs, outputs, *operands)
+
+
 def _forward(call: _Call, query, key, value, mask):
+    names = ("bhqd", "bgkd", "bgkv", "mask")
+    return _run(call, _forward_part, names, ("bhqv", "bh1q"), query, key, value, mask)
+
+
+def _backward(call: _Call, *operands):
+    names = ("bhqd", "bgkd", "bgkv", "mask", "bhqv", "bh1q", "bhqv")
+    return _run(call, _backward_part, names, ("bhqd", "bgkd", "bgkv"), *operands)
+
+
+def _forward_part(call: _Call, query, key, value, mask):
     batch, heads, length, _ = query.shape
     width = value.shape[3]
     s = _specs(call, query, value, mask, lambda *indices: indices)
@@ -227,7 +251,7 @@ def _forward(call: _Call, query, key, value, mask):
     )(query, key, value, mask)
 
 
-def _backward(call: _Call, query, key, value, mask, out, lse, grad):
+def _backward_part(call: _Call, query, key, value, mask, out, lse, grad):
     batch, heads, length, features = query.shape
     width = value.shape[3]
     along = (out.astype(jnp.float32) * grad.astype(jnp.float32)).sum(-1)[:, :, None]

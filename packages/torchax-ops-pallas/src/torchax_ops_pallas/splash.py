@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from .blocks import Blocks, attention_blocks, round_up
+from .dividing import over_batch_and_heads
 
 
 class _Visible(masks._ComputableMask):
@@ -74,28 +76,88 @@ def splash_attention(
         if not causal and window is None and columns == keys
         else _Visible((rows, columns), keys, causal, window)
     )
-    # Index arithmetic of the kernel fails in 64-bit mode; it mixes bfloat16 and float32 operands, whose products
-    # must not follow the precision set for float32 ones.
+    # The kernel mixes bfloat16 and float32 operands, whose products must not follow the precision set for float32 ones.
     precision = jax.config.jax_default_matmul_precision if query.dtype == jnp.float32 else "default"  # pyright: ignore[reportAttributeAccessIssue]
-    kernel = splash.make_splash_mha_single_device(
-        masks.MultiHeadMask([visible] * query.shape[1]),
-        block_sizes=splash.BlockSizes(
-            block_q=b.queries,
-            block_kv=b.keys,
-            block_kv_compute=b.keys,
-            block_q_dkv=b.backward_queries,
-            block_kv_dkv=b.backward_keys,
-            block_kv_dkv_compute=b.backward_keys,
-            block_q_dq=b.backward_queries,
-            block_kv_dq=b.backward_keys,
-        ),
-        attn_logits_soft_cap=soft_cap,
-        interpret=interpret,
-    )
+    call = _Call(visible, b, soft_cap, precision, interpret)
     query = (query * jnp.asarray(scale, jnp.float32).astype(query.dtype)) if scale != 1.0 else query
-    with jax.default_matmul_precision(precision):
-        out: Any = jax.vmap(kernel)(_pad(query, rows), _pad(key, columns), _pad(value, columns))
+    out: Any = _attend(call, _pad(query, rows), _pad(key, columns), _pad(value, columns))
     return jax.lax.slice_in_dim(out, 0, length, axis=2)
+
+
+class _Call(NamedTuple):
+    """What is compiled in."""
+
+    visible: Any
+    blocks: Blocks
+    soft_cap: float | None
+    precision: Any
+    interpret: Any
+
+    def kernel(self, heads: int, save_residuals: bool = False) -> splash.SplashAttentionKernel:
+        """JAX's kernel of one batch."""
+        b = self.blocks
+        return splash.make_splash_mha_single_device(
+            masks.MultiHeadMask([self.visible] * heads),
+            block_sizes=splash.BlockSizes(
+                block_q=b.queries,
+                block_kv=b.keys,
+                block_kv_compute=b.keys,
+                block_q_dkv=b.backward_queries,
+                block_kv_dkv=b.backward_keys,
+                block_kv_dkv_compute=b.backward_keys,
+                block_q_dq=b.backward_queries,
+                block_kv_dq=b.backward_keys,
+            ),
+            attn_logits_soft_cap=self.soft_cap,
+            save_residuals=save_residuals,
+            interpret=self.interpret,
+        )
+
+
+def _run(call: _Call, body: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], *operands: jax.Array) -> Any:
+    """`body`, of one batch, on the batches and heads that a device has."""
+
+    def precise(*operands: jax.Array) -> Any:
+        with jax.default_matmul_precision(call.precision):
+            return jax.vmap(body)(*operands)
+
+    if not isinstance(call.interpret, bool):  # the TPU interpreter calls back in order, which a divided call cannot
+        return precise(*operands)
+    return over_batch_and_heads(precise, inputs, outputs, *operands)
+
+
+def _forward(call: _Call, query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
+    def splash_forward(query: Any, key: Any, value: Any) -> Any:
+        out, (lse,) = call.kernel(query.shape[0], save_residuals=True)(query, key, value)
+        return out, lse
+
+    return _run(call, splash_forward, ("bhqd", "bgkd", "bgkv"), ("bhqv", "bhq"), query, key, value)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call: _Call, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    def splash_attention(query: Any, key: Any, value: Any) -> Any:
+        return (call.kernel(query.shape[0])(query, key, value),)
+
+    return _run(call, splash_attention, ("bhqd", "bgkd", "bgkv"), ("bhqv",), query, key, value)[0]
+
+
+def _attend_forward(call: _Call, query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
+    out, lse = _forward(call, query, key, value)
+    return out, (query, key, value, out, lse)
+
+
+def _attend_backward(call: _Call, saved: Any, grad: jax.Array) -> Any:
+    def splash_backward(query: Any, key: Any, value: Any, out: Any, lse: Any, grad: Any) -> Any:
+        kernel = call.kernel(query.shape[0])
+        saved = (query, key, value, None, None, out, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
+        return splash._splash_attention_bwd(**kernel.kwargs, res=saved, do=grad)[3:6]
+
+    inputs = ("bhqd", "bgkd", "bgkv", "bhqv", "bhq", "bhqv")
+    return _run(call, splash_backward, inputs, ("bhqd", "bgkd", "bgkv"), *saved, grad)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _pad(x: jax.Array, length: int) -> jax.Array:
