@@ -171,8 +171,6 @@ def shard_batch(batch: Any, mesh: Any, axis: Any = "data", *, dim: int = 0) -> A
         ValueError: the axis does not divide the batch evenly.
     """
     mesh = as_mesh(mesh)
-    if dim == 0:
-        divide_batch(mesh, axis if isinstance(axis, tuple) else (axis,))
 
     def put(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
@@ -185,7 +183,10 @@ def shard_batch(batch: Any, mesh: Any, axis: Any = "data", *, dim: int = 0) -> A
             return constrain(x, sharding)
         return _to_sharding(x, sharding).requires_grad_(x.requires_grad)
 
-    return tree_map(put, batch)
+    placed = tree_map(put, batch)
+    if dim == 0:
+        divide_batch(mesh, axis if isinstance(axis, tuple) else (axis,))
+    return placed
 
 
 # ---------------------------------------------------------------------- constraints inside of functions
