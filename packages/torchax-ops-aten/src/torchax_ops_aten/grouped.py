@@ -9,11 +9,11 @@ from torchax.ops import aten, lowering
 from ._common import accumulator
 
 
-def _ragged(a, b, sizes, contract, ragged, group):
+def _ragged(a, b, sizes, contract, ragged, group, dtype=None):
     numbers = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(contract, ((), ())), lhs_ragged_dimensions=[ragged], rhs_group_dimensions=group
     )
-    return lax.ragged_dot_general(a, b, sizes, numbers, preferred_element_type=accumulator(a.dtype))
+    return lax.ragged_dot_general(a, b, sizes, numbers, preferred_element_type=dtype or accumulator(a.dtype))
 
 
 @lowering(aten._grouped_mm.default, meta=False)  # torch's meta kernel wants bfloat16
@@ -23,6 +23,8 @@ def grouped_mm(x, mat2, offs=None, bias=None, out_dtype=None):
     x [M, K], mat2 [G, K, N] -> [M, N]; x [G, M, K], mat2 [K, N] -> [M, N]; x [M, K], mat2 [K, N] -> [G, M, N];
     x [G, M, K], mat2 [G, K, N] -> [G, M, N].
     """
+    if bias is not None:
+        raise RuntimeError("Bias not supported yet")
     dtype = x.dtype if out_dtype is None else to_jax(out_dtype)
     if offs is None:
         return jnp.matmul(x, mat2, preferred_element_type=accumulator(x.dtype)).astype(dtype)
@@ -33,7 +35,7 @@ def grouped_mm(x, mat2, offs=None, bias=None, out_dtype=None):
     elif x.ndim == 2:
         result = _ragged(x, mat2, sizes, ((1,), (0,)), 1, [])
     else:
-        result = _ragged(mat2.T, x, sizes, ((1,), (2,)), 0, [0]).T
+        result = _ragged(mat2.T, x, sizes, ((1,), (2,)), 0, [0], x.dtype if dtype == x.dtype else None).T
     return result.astype(dtype)
 
 

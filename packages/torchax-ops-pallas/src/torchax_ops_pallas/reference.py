@@ -52,3 +52,38 @@ def attention(
     total = weights.sum(-1, keepdims=True)
     weights = weights / jnp.where(total == 0, 1, total)
     return jnp.einsum("...ls,...sv->...lv", weights, value, precision="highest").astype(query.dtype)
+
+
+def grouped_matmul(x: jax.Array, matrices: jax.Array, ends: jax.Array) -> jax.Array:
+    """``x[ends[g-1]:ends[g]] @ matrices[g]`` for each group g; zeros in rows of no group.
+
+    Args:
+        x: ``[rows, K]``.
+        matrices: ``[groups, K, N]``.
+        ends: ``[groups]``, integers that do not decrease.
+
+    Returns:
+        ``[rows, N]`` in the dtype of `x`.
+    """
+    return jnp.einsum("gr,rk,gkn->rn", _members(x, ends), x, matrices, precision="highest")
+
+
+def grouped_outer(x: jax.Array, y: jax.Array, ends: jax.Array) -> jax.Array:
+    """``x[ends[g-1]:ends[g]].T @ y[ends[g-1]:ends[g]]`` for each group g.
+
+    Args:
+        x: ``[rows, K]``.
+        y: ``[rows, N]``.
+        ends: ``[groups]``, integers that do not decrease.
+
+    Returns:
+        ``[groups, K, N]`` in the dtype of `x`.
+    """
+    return jnp.einsum("gr,rk,rn->gkn", _members(x, ends), x, y, precision="highest")
+
+
+def _members(x: jax.Array, ends: jax.Array) -> jax.Array:
+    """One where a row is of a group, ``[groups, rows]``."""
+    row = lax.broadcasted_iota(jnp.int32, (ends.size, x.shape[0]), 1)
+    first = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
+    return ((first[:, None] <= row) & (row < ends[:, None])).astype(x.dtype)

@@ -1,0 +1,121 @@
+"""Products of consecutive groups of rows with a matrix for each, as mixtures of experts have them.
+
+Forward is XLA's own kernel of `jax.lax.ragged_dot`. Backward is JAX's megablox: XLA multiplies every row by every group for the
+gradient of the matrices, and copies all matrices transposed for the gradient of the rows. Everything is traced in 32-bit mode:
+index arithmetic of kernels fails in the 64-bit one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+from .blocks import LANES, round_up
+
+_WIDEST = 512  # the vector memory of every generation holds two of each block of this size
+
+
+@contextlib.contextmanager
+def _traced(x: jax.Array) -> Iterator[None]:
+    """In 32-bit mode; kernels know no precision above the default one for bfloat16, whose products are exact anyway."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.enable_x64(False))
+        if x.dtype == jnp.bfloat16:
+            stack.enter_context(jax.default_matmul_precision("default"))
+        yield
+
+
+def _tiles(*sizes: int) -> tuple[int, ...]:
+    return tuple(min(_WIDEST, round_up(n, LANES)) for n in sizes)
+
+
+def _row_tile(rows: int) -> int:
+    """The largest tile that divides `rows`, a multiple of `LANES`."""
+    return next(t for t in (512, 256, LANES) if rows % t == 0)
+
+
+def _padded(x: jax.Array) -> jax.Array:
+    """`x` with rows up to a multiple of the smallest tile."""
+    return jnp.pad(x, ((0, round_up(x.shape[0], LANES) - x.shape[0]), (0, 0)))
+
+
+def _sizes(ends: jax.Array) -> jax.Array:
+    return jnp.diff(ends.astype(jnp.int32), prepend=jnp.zeros(1, jnp.int32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(x: jax.Array, matrices: jax.Array, ends: jax.Array, interpret: bool = False) -> jax.Array:
+    """``x[ends[g-1]:ends[g]] @ matrices[g]`` for each group g; zeros in rows of no group.
+
+    Args:
+        x: ``[rows, K]``.
+        matrices: ``[groups, K, N]``, of the dtype of `x`.
+        ends: ``[groups]``, integers that do not decrease: where groups end.
+        interpret: run the kernels of the backward as plain JAX operations.
+
+    Returns:
+        ``[rows, N]`` in the dtype of `x`, accumulated in float32.
+    """
+    with _traced(x):
+        return lax.ragged_dot(x, matrices, _sizes(ends), preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_outer(x: jax.Array, y: jax.Array, ends: jax.Array, interpret: bool = False) -> jax.Array:
+    """``x[ends[g-1]:ends[g]].T @ y[ends[g-1]:ends[g]]`` for each group g: how the matrices of `grouped_matmul` get gradients.
+
+    Args:
+        x: ``[rows, K]``.
+        y: ``[rows, N]``, of the dtype of `x`.
+        ends: ``[groups]``, integers that do not decrease: where groups end.
+        interpret: run the kernel as plain JAX operations.
+
+    Returns:
+        ``[groups, K, N]`` in the dtype of `x`, accumulated in float32; zeros for empty groups.
+    """
+    with _traced(x):
+        x, y = _padded(x), _padded(y)
+        tiles = (_row_tile(x.shape[0]), *_tiles(x.shape[1], y.shape[1]))
+        return tgmm(x.T, y, _sizes(ends), x.dtype, tiles, interpret=interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _matmul_transposed(x: jax.Array, matrices: jax.Array, ends: jax.Array, interpret: bool) -> jax.Array:
+    """`grouped_matmul` with matrices ``[groups, N, K]``, which are read where they lie."""
+    with _traced(x):
+        rows, padded = x.shape[0], _padded(x)
+        tiles = (_row_tile(padded.shape[0]), *_tiles(x.shape[1], matrices.shape[1]))
+        out = gmm(padded, matrices, _sizes(ends), x.dtype, tiles, transpose_rhs=True, interpret=interpret)[:rows]
+        inside = lax.broadcasted_iota(jnp.int32, (rows, 1), 0) < ends[-1].astype(jnp.int32)
+        return jnp.where(inside, out, jnp.zeros_like(out))  # the kernel does not write rows of no group
+
+
+def _keep(product: Any) -> Any:
+    return lambda a, b, ends, interpret: (product(a, b, ends, interpret), (a, b, ends))
+
+
+def _matmul_backward(interpret: bool, saved: Any, grad: jax.Array) -> Any:
+    x, matrices, ends = saved
+    return _matmul_transposed(grad, matrices, ends, interpret), grouped_outer(x, grad, ends, interpret), None
+
+
+def _outer_backward(interpret: bool, saved: Any, grad: jax.Array) -> Any:
+    x, y, ends = saved
+    return _matmul_transposed(y, grad, ends, interpret), grouped_matmul(x, grad, ends, interpret), None
+
+
+def _transposed_backward(interpret: bool, saved: Any, grad: jax.Array) -> Any:
+    x, matrices, ends = saved
+    return grouped_matmul(grad, matrices, ends, interpret), grouped_outer(grad, x, ends, interpret), None
+
+
+grouped_matmul.defvjp(_keep(grouped_matmul), _matmul_backward)
+grouped_outer.defvjp(_keep(grouped_outer), _outer_backward)
+_matmul_transposed.defvjp(_keep(_matmul_transposed), _transposed_backward)

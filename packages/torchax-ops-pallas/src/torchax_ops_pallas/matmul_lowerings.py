@@ -1,0 +1,83 @@
+"""Which calls of matrix products go to a kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from torchax._sharding import pins
+from torchax.ops import aten, lowering
+
+from .conditions import DTYPES, Condition
+from .settings import mode
+
+# The kernels are imported where they are used: Pallas takes longer to import than all of torchax.
+_GROUPED = aten._grouped_mm.default
+
+
+def _unfit(x: Any, mat2: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> str | None:
+    """Why no kernel can serve a grouped product, whatever the platform; None if one can."""
+    conditions = (
+        (bias is None, lambda: "the kernels add no bias"),
+        (
+            offs is not None and x.ndim == 2 and mat2.ndim in (2, 3),
+            lambda: f"a kernel splits rows of a 2-d operand by offs, operands have {x.ndim} and {mat2.ndim} dimensions",
+        ),
+        (
+            x.dtype == mat2.dtype and x.dtype.name in DTYPES,
+            lambda: f"dtypes must be one of {', '.join(DTYPES)}, they are {x.dtype}, {mat2.dtype}",
+        ),
+        (
+            out_dtype is None or str(out_dtype) == f"torch.{x.dtype}",
+            lambda: f"the result has the dtype of the operands, out_dtype is {out_dtype}",
+        ),
+        (0 not in (*x.shape, *mat2.shape, *offs.shape) if offs is not None else True, lambda: "an operand is empty"),
+    )
+    return next((words() for holds, words in conditions if not holds), None)
+
+
+def _on_tpu(*args: Any, **kwargs: Any) -> str | None:
+    if mode() == "off":
+        return "torchax.config.pallas is 'off'"
+    if pins.epoch > 0 and not jax.sharding.get_abstract_mesh().manual_axes:
+        return (
+            "tensors are divided over devices, and XLA cannot divide a kernel: call it in torchax.interop.jax_shard_map"
+        )
+    return _unfit(*args, **kwargs)
+
+
+def _interpreted(*args: Any, **kwargs: Any) -> str | None:
+    if mode() != "interpret":
+        return f"torchax.config.pallas is {mode()!r}, not 'interpret'"
+    return _unfit(*args, **kwargs)
+
+
+on_tpu = Condition("a kernel for groups fits", _on_tpu)
+interpreted = Condition("kernels are interpreted and one for groups fits", _interpreted)
+
+
+@lowering(_GROUPED, platforms=("tpu",), when=on_tpu, priority=10, meta=False)
+@lowering(_GROUPED, when=interpreted, priority=9, meta=False)
+def grouped_mm(x, mat2, offs=None, bias=None, out_dtype=None):
+    """A product for each group of rows: XLA's kernel, and JAX's megablox for gradients."""
+    from .grouped import grouped_matmul, grouped_outer
+
+    if mat2.ndim == 3:
+        return grouped_matmul(x, mat2, offs, mode() == "interpret")
+    return grouped_outer(x.T, mat2, offs, mode() == "interpret")
+
+
+_required = Condition(
+    "a kernel is required",
+    lambda *_args, **_kwargs: None if mode() == "required" else f"torchax.config.pallas is {mode()!r}, not 'required'",
+)
+
+
+@lowering(_GROUPED, when=_required, priority=8, meta=False)
+def refuse_grouped_mm(x, mat2, offs=None, bias=None, out_dtype=None):
+    """The error of ``torchax.config.pallas = "required"`` for calls that no kernel takes."""
+    from .lowerings import KernelUnavailable
+
+    reason = on_tpu.refusal(x, mat2, offs, bias, out_dtype)
+    reason = reason or "the kernels are compiled for platform tpu alone; 'interpret' runs them on this one"
+    raise KernelUnavailable(f"torchax.config.pallas is 'required', but no kernel serves _grouped_mm here: {reason}")
