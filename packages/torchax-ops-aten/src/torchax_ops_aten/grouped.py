@@ -13,7 +13,11 @@ def _ragged(a, b, sizes, contract, ragged, group, dtype=None):
     numbers = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(contract, ((), ())), lhs_ragged_dimensions=[ragged], rhs_group_dimensions=group
     )
-    return lax.ragged_dot_general(a, b, sizes, numbers, preferred_element_type=dtype or accumulator(a.dtype))
+    # XLA's kernel on TPU knows no precision above the default one for 16-bit floats, whose products are exact anyway.
+    precision = lax.Precision.DEFAULT if accumulator(a.dtype) != a.dtype else None
+    return lax.ragged_dot_general(
+        a, b, sizes, numbers, precision=precision, preferred_element_type=dtype or accumulator(a.dtype)
+    )
 
 
 @lowering(aten._grouped_mm.default, meta=False)  # torch's meta kernel wants bfloat16
