@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchax
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchax.ops import Lowering
 
 
@@ -81,3 +82,20 @@ def test_a_whole_lowering_of_a_late_plugin():
     finally:
         torchax.plugins.disable("late")
     torch.testing.assert_close(F.cosine_similarity(x, x).cpu(), torch.ones(2))
+
+
+def test_a_dispatch_mode_sees_the_ops_that_it_sees_on_cpu():
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    products = {}
+    for device in ("cpu", "jax", "jax"):  # the second time, nothing is resolved any more
+        x, seen = torch.ones(2, 3, 5, device=device), []
+        with Seen():
+            x @ x.mT
+            F.linear(x[0], x[1])
+        products[device] = seen
+        assert [s for s in seen if "mm" in s] == [s for s in products["cpu"] if "mm" in s]
+        assert not any("empty" in s or "ones" in s for s in seen)  # what stands in for the operands is not the user's

@@ -11,6 +11,7 @@ import jax
 import torch
 from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from . import dtypes
@@ -18,15 +19,27 @@ from ._storage import TensorMeta, dense_meta, extent, meta_of
 from .tensor import Tensor
 
 _CPU_COPY_LIMIT = 1 << 16  # elements; a written operand larger than this is not allocated just to word an error
-
-
 _NO_META = ("cannot be called on meta tensors", "fake impl")  # torch raises plain RuntimeErrors for these
+
+
+def _unseen(function: Any) -> Any:
+    """`function` without the user's dispatch modes: a mode that logs or counts ops must not see stand-ins run."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch._C._len_torch_dispatch_stack():
+            return function(*args, **kwargs)
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return call
 
 
 class NoMeta(Exception):
     """torch cannot tell the op's metadata without running it."""
 
 
+@_unseen
 def infer(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int, fresh: bool = False, mend: Any = None
 ) -> Any:
@@ -45,6 +58,7 @@ def describe(m: torch.Tensor, index: int) -> TensorMeta:
     return meta_of(tuple(m.shape), tuple(m.stride()), m.dtype, index)
 
 
+@_unseen
 def in_memory_format_of(
     names: tuple[str, ...], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metas: Any
 ) -> Any:
@@ -76,6 +90,7 @@ def column_major(metas: Any, which: tuple[int, ...]) -> Any:
     return tuple([turned(m) if i in which else m for i, m in enumerate(metas)])
 
 
+@_unseen
 def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fresh: bool = False) -> Any:
     """What `func` gives on meta tensors of this metadata.
 
@@ -127,6 +142,7 @@ def on_cpu(nest: Any, stand_in: Callable[[Tensor], torch.Tensor]) -> Any:
     return tree_map(one, nest)
 
 
+@_unseen
 def cpu_error(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
     """What CPU torch says: the op on CPU tensors of the same metadata; large ones hold one expanded element."""
     written = {

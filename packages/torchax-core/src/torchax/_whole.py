@@ -1,8 +1,8 @@
 """Composite ops kept whole before autograd, with a backward of their own.
 
 The kernel sits on the autograd key, where torch would take the op apart. It steps aside (the op decomposes) under
-functorch transforms and forward-mode AD, when no lowering's condition holds, and in a backward that must itself be
-differentiable.
+functorch transforms and forward-mode AD, under a dispatch mode (which sees the parts, as on CPU), when no lowering's
+condition holds, and in a backward that must itself be differentiable.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .tensor import Tensor, wrap
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _forward_ad = torch.autograd.forward_ad
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def whole_kernel(op: Any) -> Callable[..., Any]:
@@ -35,6 +36,7 @@ def whole_kernel(op: Any) -> Callable[..., Any]:
         if (
             peek_interpreter_stack() is not None
             or _forward_ad._current_level >= 0
+            or _dispatch_modes()
             or not hasattr(rule, "resolve_whole")  # its plugin is switched off
         ):
             return op._op_dk(_COMPOSITE, *args, **kwargs)
