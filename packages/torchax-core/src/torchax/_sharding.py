@@ -43,6 +43,14 @@ class _Pins:
 pins = _Pins()
 
 
+def divided() -> bool:
+    """Whether XLA may have to divide what is computed now over devices: a tensor was laid out over several in this process.
+
+    Not in code for each device (`shard_map`).
+    """
+    return pins.epoch > 0 and not jax.sharding.get_abstract_mesh().manual_axes
+
+
 _batch_axes: dict[tuple[str, ...], tuple[str, ...]] = {}
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-from torchax._sharding import pins
-from torchax.ops import aten, lowering
+from torchax.ops import aten, divided, lowering
 
 from .conditions import DTYPES, Condition
 from .settings import mode
@@ -39,7 +37,7 @@ def _unfit(x: Any, mat2: Any, offs: Any = None, bias: Any = None, out_dtype: Any
 def _on_tpu(*args: Any, **kwargs: Any) -> str | None:
     if mode() == "off":
         return "torchax.config.pallas is 'off'"
-    if pins.epoch > 0 and not jax.sharding.get_abstract_mesh().manual_axes:
+    if divided():
         return (
             "tensors are divided over devices, and XLA cannot divide a kernel: call it in torchax.interop.jax_shard_map"
         )
