@@ -103,4 +103,4 @@ def test_no_kernel_for_groups_where_xla_would_have_to_divide_it(monkeypatch):
     offs = jax.ShapeDtypeStruct((3,), jnp.int32)
     assert on_tpu(x, w, offs)
     monkeypatch.setattr(torchax._sharding.pins, "epoch", 1)  # as shard_module does
-    assert "jax_shard_map" in on_tpu.refusal(x, w, offs)
+    assert "jax_shard_map" in (on_tpu.refusal(x, w, offs) or "")
