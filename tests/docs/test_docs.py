@@ -1,6 +1,6 @@
 """Runs every ```python block of README.md and docs/: each file in one namespace, top to bottom, in an interpreter of its own.
 
-A block after ``<!-- no-run: reason -->`` is only parsed. Tracebacks point to the line in the page.
+A block after ``<!-- no-run: reason -->`` is only parsed; a page with ``<!-- needs: package -->`` is run where the package is installed. Tracebacks point to the line in the page.
 """
 
 from __future__ import annotations
@@ -74,11 +74,14 @@ def test_blocks_are_found() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_page(page: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    found = blocks(page.read_text())
+    text = page.read_text()
+    found = blocks(text)
     for block in found:
         ast.parse(block.code, filename=f"{page.name}, block at line {block.line}")
     if not any(block.run for block in found):
         return
+    for package in re.findall(r"<!-- needs: (\w+) -->", text):
+        pytest.importorskip(package)
     command = [sys.executable, "-c", RUNNER, str(page), str(pathlib.Path(__file__).parent)]
     result = subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"

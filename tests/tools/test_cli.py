@@ -37,7 +37,7 @@ def as_json(*arguments: str) -> Any:
 
 
 def test_help_has_examples_and_exit_codes() -> None:
-    for command in ("coverage", "list", "plugins", "explain", "scan", "doctor", "fallbacks", "new-plugin"):
+    for command in ("coverage", "list", "plugins", "explain", "scan", "fit", "doctor", "fallbacks", "new-plugin"):
         said = run(command, "--help")
         assert "Exit code" in said or command == "list", command
         assert f"torchax-ops {command}" in said or command == "plugins", command

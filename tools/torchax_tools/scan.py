@@ -75,7 +75,7 @@ def load_factory(text: str) -> Callable[[], Any]:
     return found
 
 
-def _program(made: Any, text: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+def program_of(made: Any, text: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """What a factory made, as a callable and its arguments."""
     if isinstance(made, tuple) and 0 < len(made) <= 3 and callable(made[0]):
         function, args, kwargs = {1: (*made, (), {}), 2: (*made, {}), 3: made}[len(made)]
@@ -118,7 +118,7 @@ def record_factory(text: str, backward: bool = False, real: bool = False) -> col
             made = factory()
         except (Exception, SystemExit) as error:
             raise BadProgram(f"{text} failed: {type(error).__name__}: {_brief(error)}") from None
-        function, args, kwargs = _program(made, text)
+        function, args, kwargs = program_of(made, text)
         try:
             with recorder:
                 out = function(*args, **kwargs)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from . import control_flow
 from ._mesh import make_mesh
 from ._scan_layers import ScannedLayers, scan_layers
+from .aot import AotCompiled, aot_compile
 from .autograd import j2t_autograd
 from .checkpoint import CheckpointManager, load_checkpoint, open_checkpoint, save_checkpoint
 from .compile import Compiled, compile
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AotCompiled",
     "CheckpointManager",
     "Compiled",
     "DeviceMesh",
@@ -55,6 +57,7 @@ __all__ = [
     "Rule",
     "ScannedLayers",
     "Shard",
+    "aot_compile",
     "by_name",
     "bytes_per_device",
     "call_jax",

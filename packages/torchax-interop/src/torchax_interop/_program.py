@@ -171,6 +171,27 @@ class Program:
         with jax.enable_x64(True):
             return self._run.lower(*self._arrays(leaves))
 
+    def lower_for(self, leaves: list[Any], platform: str, sharding: Any) -> jax.stages.Lowered:
+        """Its XLA program for devices that are not here; what has values is laid out there as `sharding` says."""
+        abstract = lambda x: (
+            x
+            if isinstance(x, jax.ShapeDtypeStruct) and x.sharding is not None
+            else jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding)
+        )
+        with jax.enable_x64(True):
+            return self._run.trace(*map(abstract, self._arrays(leaves))).lower(lowering_platforms=(platform,))
+
+    def rehearse(self, leaves: list[Any]) -> None:
+        """As `execute`, of tensors without values: what stays after the call gets a shape, a dtype and a layout."""
+        with jax.enable_x64(True):
+            outs = self._run.eval_shape(*self._arrays(leaves))
+        begin = self.counts[0] + self.counts[1]
+        for storage, value in zip(self.survivors, outs[begin : begin + self.counts[2]], strict=True):
+            storage.value = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=storage.sharding)
+            storage.owner = None
+        for t, grad in self.set_grads:
+            t.grad = grad
+
     def _arrays(self, leaves: list[Any]) -> list[Any]:
         """The inputs of the XLA program."""
         for number in self.numbers:

@@ -34,6 +34,26 @@ def reachable_tensors(fn: Any, *more: Any) -> list[torch.Tensor]:
     return list(found.values())
 
 
+def reachable_owners(fn: Any) -> tuple[list[torch.nn.Module], list[torch.optim.Optimizer]]:
+    """Modules and optimizers that are found in what `fn` closes over, its globals, its object."""
+    modules: list[torch.nn.Module] = []
+    optimizers: list[torch.optim.Optimizer] = []
+    queue: list[tuple[Any, int]] = [(fn, 0)]
+    seen: set[int] = set()
+    while queue and len(seen) < _LIMIT:
+        x, depth = queue.pop(0)
+        if id(x) in seen or depth > 6:
+            continue
+        seen.add(id(x))
+        if isinstance(x, torch.nn.Module):
+            modules.append(x)
+        elif isinstance(x, torch.optim.Optimizer):
+            optimizers.append(x)
+        elif not isinstance(x, torch.Tensor):
+            queue.extend((y, depth + 1) for y in _parts(x))
+    return modules, optimizers
+
+
 def _parts(x: Any) -> Any:
     if isinstance(x, types.FunctionType):
         cells = [c.cell_contents for c in x.__closure__ or () if _filled(c)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ def record(
     options: Options,
     known: list[Tensor],
     use: Callable[[Program, list[Any]], Any] = Program.execute,
+    explicit: Sequence[Storage] = (),
 ) -> tuple[Program, Any]:
     """Record a call, compile it and run it; gives the program and the results of this first run.
 
@@ -48,14 +49,16 @@ def record(
         spec: their nest.
         options: how to compile.
         known: parameters that earlier recordings met.
-        use: what is done with the program in place of running it; Python's state is then as before the call.
+        use: what is done with the program in place of running it; Python's state is then as before the call, unless it
+            is rehearsed.
+        explicit: storages that are inputs of the program whether they are used or not; those without values must be.
     """
-    explicit: list[Storage] = []
+    inputs = list(explicit)
     while True:
         try:
-            return Recorder(fn, leaves, spec, options, explicit, known).run(use)
+            return Recorder(fn, leaves, spec, options, inputs, known).run(use)
         except Swallowed as found:
-            explicit += found.storages
+            inputs += found.storages
 
 
 class Recorder:
@@ -93,7 +96,7 @@ class Recorder:
                 raise Swallowed([s for s, a in recording.captured.items() if id(a) in lost])
             program = Program(self, closed)
             outs = use(program, self.leaves)
-            if use is not Program.execute:
+            if use not in (Program.execute, Program.rehearse):
                 self.restore()
         except BaseException:
             self.restore()
@@ -342,4 +345,4 @@ class Recorder:
 
 
 def _array(value: Any) -> Any:
-    return value if isinstance(value, jax.Array) else concrete(value)
+    return value if isinstance(value, jax.Array | jax.ShapeDtypeStruct) else concrete(value)

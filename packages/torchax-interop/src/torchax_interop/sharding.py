@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -271,6 +273,27 @@ class _BatchHook:
 
     def __reduce__(self) -> Any:
         return _BatchHook, (None, ())  # devices cannot be saved
+
+
+@contextlib.contextmanager
+def laid_out_modules(modules: list[torch.nn.Module], mesh: Mesh, axes: tuple[str, ...]) -> Iterator[None]:
+    """Within, gradients lie as their parameters do, and results of layers as `axes` divide the batch."""
+    hooks = [{m: OrderedDict(m._forward_hooks) for m in module.modules()} for module in modules]
+    handles = []
+    try:
+        for module in modules:
+            parameters: Any = module.parameters()
+            handles += [p.register_hook(_GradientHook(p)) for p in parameters if p.requires_grad]
+            _hook_modules(module, mesh, axes)
+        if axes or len(mesh.axis_names) == 1:
+            divide_batch(mesh, axes)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for known in hooks:
+            for m, before in known.items():
+                m._forward_hooks = before
 
 
 def _hook_modules(model: torch.nn.Module, mesh: Mesh, axes: tuple[str, ...]) -> None:

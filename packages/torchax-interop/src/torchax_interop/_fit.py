@@ -1,0 +1,204 @@
+"""What the TPU compiler says of a program, in a form for people and for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ._chips import Chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind.
+
+    Attributes:
+        kind: ``all-gather``, ``all-reduce``, ``reduce-scatter``, ``all-to-all``, ``collective-permute``.
+        count: how many are in the program; one in a loop counts once.
+        bytes: size of their results on each device; of reduce-scatter, size of what is summed.
+    """
+
+    kind: str
+    count: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AotCompiled:
+    """A program compiled for a TPU that is not here. Bytes and operations are those of one device.
+
+    Attributes:
+        topology: as it was asked for.
+        mesh: sizes of the axes.
+        fits: the compiler found room for the program.
+        hbm_bytes: memory of a chip.
+        state_bytes: parameters, buffers, the optimizer's state, and gradients that stay between calls.
+        argument_bytes: everything that is there before the program runs: state, arguments, random state; None if it does not fit.
+        output_bytes: results, those that overwrite arguments included; None if it does not fit.
+        alias_bytes: results that overwrite arguments; None if it does not fit.
+        temporary_bytes: what the program needs in between; None if it does not fit.
+        code_bytes: the program itself; None if it does not fit.
+        flops: operations, as XLA counts them: a loop's body once, of kernels what they declare; None if it does not fit.
+        bytes_accessed: bytes that operations read and write, counted so, too; None if it does not fit.
+        collectives: what the devices send to each other.
+        kernels: name of each Pallas kernel -> how often it is called in the program.
+        problem: what the compiler said if it does not fit.
+        advice: what would make it fit.
+        compiled: JAX's compiled program (`as_text()`, `cost_analysis()`, `memory_analysis()`); None if it does not fit.
+    """
+
+    topology: str
+    mesh: dict[str, int]
+    chip: Chip
+    fits: bool
+    state_bytes: int
+    argument_bytes: int | None = None
+    output_bytes: int | None = None
+    alias_bytes: int | None = None
+    temporary_bytes: int | None = None
+    code_bytes: int | None = None
+    flops: float | None = None
+    bytes_accessed: float | None = None
+    collectives: tuple[Collective, ...] = ()
+    kernels: dict[str, int] = dataclasses.field(default_factory=dict)
+    problem: str | None = None
+    advice: tuple[str, ...] = ()
+    compiled: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def hbm_bytes(self) -> int:
+        return self.chip.hbm_bytes
+
+    @property
+    def total_bytes(self) -> int | None:
+        """What a device holds while the program runs; None if it does not fit."""
+        if self.compiled is None:
+            return None
+        parts = (self.argument_bytes, self.output_bytes, self.temporary_bytes, self.code_bytes)
+        return sum(x or 0 for x in parts) - (self.alias_bytes or 0)
+
+    @property
+    def roofline_seconds(self) -> float | None:
+        """The longer of flops / the chip's peak in bfloat16 and bytes / its bandwidth: a bound, not a prediction.
+
+        Neither waiting for other chips nor overlap is in it; see `flops` for what is not counted.
+        """
+        if self.flops is None or self.bytes_accessed is None:
+            return None
+        return max(self.flops / self.chip.bf16_flops, self.bytes_accessed / self.chip.hbm_bandwidth)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the program, of plain Python types."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("compiled", "chip")}
+        found["collectives"] = [dataclasses.asdict(c) for c in self.collectives]
+        found |= {"chip": self.chip.name, "hbm_bytes": self.hbm_bytes, "total_bytes": self.total_bytes}
+        return found | {"roofline_seconds": self.roofline_seconds}
+
+
+def measured(program: jax.stages.Compiled, topology: str, chip: Chip, mesh: Mesh, state_bytes: int) -> AotCompiled:
+    """The report of a program that was compiled."""
+    memory: Any = program.memory_analysis()
+    cost: Any = program.cost_analysis() or {}
+    text = program.as_text() or ""
+    return AotCompiled(
+        topology,
+        dict(mesh.shape),
+        chip,
+        True,
+        state_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
+        flops=float(cost.get("flops", 0.0)),
+        bytes_accessed=float(cost.get("bytes accessed", 0.0)),
+        collectives=collectives_of(text),
+        kernels=kernels_of(text),
+        compiled=program,
+    )
+
+
+def refused(message: str, topology: str, chip: Chip, mesh: Mesh, state_bytes: int) -> AotCompiled:
+    """The report of a program that the compiler found no room for."""
+    return AotCompiled(
+        topology,
+        dict(mesh.shape),
+        chip,
+        False,
+        state_bytes,
+        problem=message.strip().splitlines()[0],
+        advice=_advice(chip, mesh, state_bytes),
+    )
+
+
+def _advice(chip: Chip, mesh: Mesh, state_bytes: int) -> tuple[str, ...]:
+    devices = math.prod(mesh.shape.values())
+    share = state_bytes / chip.hbm_bytes
+    if share > 1:
+        least = math.ceil(share * devices)
+        return (
+            f"parameters and the optimizer's state alone take {share:.1f} times a chip's memory: divide them further; if all "
+            f"of it were divided evenly, {least} chips would be the least",
+            "or keep less: parameters in bfloat16, an optimizer with less state",
+        )
+    return (
+        f"parameters and the optimizer's state take {share:.0%} of a chip's memory, the rest is activations: a smaller batch, or "
+        "the batch over more chips",
+        "or compute activations again in the backward: gradient_checkpoint, scan_layers(..., checkpoint=True)",
+    )
+
+
+# ---------------------------------------------------------------------- what is in the program
+_COLLECTIVE = re.compile(
+    r"= (?P<type>\(.*?\)|\S+) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
+)
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_SHAPE = re.compile(r"\b(?P<dtype>pred|[a-z]+(?P<bits>\d+)\w*)\[(?P<shape>[\d,]*)\]")
+_KERNEL = re.compile(r"%(?P<name>[\w.-]+) = .*custom_call_target=\"tpu_custom_call\"")
+
+
+def collectives_of(text: str) -> tuple[Collective, ...]:
+    """The collectives of an HLO module, by kind."""
+    found: dict[tuple[str, str], int] = {}
+    scattered = False
+    for line in text.splitlines():
+        if line[:1] not in (" ", "}", ""):  # a computation begins; TPUs sum and divide in one of this name
+            scattered = line.startswith("%all-reduce-scatter")
+        match = _COLLECTIVE.search(line)
+        if match is None:
+            continue
+        kind = "reduce-scatter" if scattered and match["kind"] == "all-reduce" else match["kind"]
+        parts = [_bytes_of(s) for s in _SHAPE.finditer(match["type"])]
+        # what starts one gives its operands, results and, for permutations, two counters
+        size = max(parts, default=0) if match["start"] else sum(parts)
+        channel = _CHANNEL.search(line)  # one that overlaps with computing is in several fusions
+        key = kind, channel[1] if channel else f"line {len(found)}"
+        found[key] = max(found.get(key, 0), size)
+    kinds = sorted({kind for kind, _ in found})
+    sizes = {kind: [n for (k, _), n in found.items() if k == kind] for kind in kinds}
+    return tuple(Collective(kind, len(sizes[kind]), sum(sizes[kind])) for kind in kinds)
+
+
+def _bytes_of(shape: re.Match[str]) -> int:
+    elements = math.prod(int(n) for n in shape["shape"].split(",") if n)
+    return elements if shape["bits"] is None else elements * int(shape["bits"]) // 8
+
+
+def kernels_of(text: str) -> dict[str, int]:
+    """The Pallas kernels of an HLO module, by name."""
+    found: dict[str, int] = {}
+    for line in text.splitlines():
+        match = _KERNEL.search(line)
+        if match is not None:
+            name = re.sub(r"(\.(\d+|clone|remat\d*))+$", "", match["name"])
+            found[name] = found.get(name, 0) + 1
+    return found
+
+
+__all__ = ["AotCompiled", "Collective"]

@@ -1,0 +1,159 @@
+"""Steps compiled by the real TPU compiler (libtpu), on a machine without a TPU."""
+
+import pytest
+import torch
+import torch.nn as nn
+from torchax import interop
+from torchax_interop._fit import collectives_of, kernels_of
+
+
+def _mlp(device="meta"):
+    with torch.device(device):
+        return nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Dropout(0.1), nn.Linear(512, 256))
+
+
+def _step(model, optimizer):
+    def step(x):
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+_X = torch.empty(64, 256, device="meta")
+
+
+def _near(found, expected):
+    return abs(found - expected) <= 0.03 * expected + 20_000  # vectors are padded to whole tiles
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(("rules", "share"), [(None, 1), (interop.fsdp("data"), 4)])
+def test_a_train_step_on_meta(rules, share):
+    pytest.importorskip("libtpu")
+    model = _mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = list(model.parameters())
+    found = interop.aot_compile(_step(model, optimizer), (_X,), "v5e:2x2", shardings=rules)
+    parameters = sum(p.numel() * 4 for p in before)
+    assert found.fits and found.mesh == {"data": 4}
+    assert _near(found.state_bytes, 4 * parameters / share)  # with both moments and the gradient
+    assert _near(found.argument_bytes, 3 * parameters / share + _X.numel())
+    assert _near(found.alias_bytes, 3 * parameters / share)
+    assert 0 < found.total_bytes < found.hbm_bytes and found.flops > 6 * 64 * parameters / 4 / 4 * 0.9
+    assert found.roofline_seconds == max(found.flops / 197e12, found.bytes_accessed / 819e9)
+    sent = {c.kind: c.bytes for c in found.collectives}
+    assert ("all-gather" in sent) is (share > 1)
+    assert sent.get("all-reduce", 0) + sent.get("reduce-scatter", 0) > 0.9 * parameters
+    # everything is as before
+    assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    assert all(type(p) is nn.Parameter and p.device.type == "meta" and p.grad is None for p in before)
+    assert not optimizer.state and not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.tpu_aot
+def test_a_model_with_values_and_state_is_left_alone():
+    pytest.importorskip("libtpu")
+    model = _mlp("cpu")
+    optimizer = torch.optim.AdamW(model.parameters())
+    step = _step(model, optimizer)
+    step(torch.randn(4, 256))
+    everything = [*model.parameters(), *[p.grad for p in model.parameters()]]
+    everything += [t for values in optimizer.state.values() for t in values.values()]
+    values = [t.detach().clone() for t in everything]
+    found = interop.aot_compile(step, (_X,), "v6e:2x2", mesh={"data": 1})
+    assert found.fits and found.collectives == ()
+    now = [*model.parameters(), *[p.grad for p in model.parameters()]]
+    now += [t for values in optimizer.state.values() for t in values.values()]
+    assert all(a is b for a, b in zip(everything, now, strict=True))
+    torch.testing.assert_close(everything, values, rtol=0, atol=0)
+    step(torch.randn(4, 256))
+
+
+@pytest.mark.tpu_aot
+def test_a_transformer_uses_the_kernels():
+    pytest.importorskip("libtpu")
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torchax_ops_pallas")
+    config = transformers.LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).bfloat16().eval()
+    tokens = torch.empty(4, 512, dtype=torch.int64, device="meta")
+    found = interop.aot_compile(model, (tokens,), "v5e:2x2")
+    assert any("splash" in name for name in found.kernels) and not found.collectives
+    assert _near(found.state_bytes, sum(p.numel() * 2 for p in model.parameters()))
+
+
+@pytest.mark.tpu_aot
+def test_what_does_not_fit():
+    pytest.importorskip("libtpu")
+    with torch.device("meta"):
+        model = nn.Linear(65536, 131072, bias=False)  # 32 GiB
+    found = interop.aot_compile(model, (torch.empty(8, 65536, device="meta"),), "v5e:2x2")
+    assert not found.fits and found.compiled is None and found.roofline_seconds is None
+    assert "memory" in found.problem and "2.0 times" in found.advice[0] and "8 chips" in found.advice[0]
+    divided = interop.aot_compile(
+        model, (torch.empty(8, 65536, device="meta"),), "v5e:2x2", shardings={"weight": ("data", None)}
+    )
+    assert divided.fits and divided.argument_bytes >= 2**33
+
+
+@pytest.mark.tpu_aot
+def test_bad_input():
+    pytest.importorskip("libtpu")
+    model = _mlp()
+    with pytest.raises(ValueError, match=r"no TPU topology 'v5e:3x3'.*v5p:2x2x2"):
+        interop.aot_compile(model, (_X,), "v5e:3x3")
+    with pytest.raises(ValueError, match=r"no TPU topology 'v1:2x2': its generation is one of v4"):
+        interop.aot_compile(model, (_X,), "v1:2x2")
+    with pytest.raises(TypeError, match=r"as a tuple; got Tensor: write \(x,\)"):
+        interop.aot_compile(model, _X)
+    with pytest.raises(TypeError, match="a function or a module; got int"):
+        interop.aot_compile(3, (_X,))
+    with pytest.raises(ValueError, match="needs 8 devices; there are 4"):
+        interop.aot_compile(model, (_X,), mesh={"data": 8})
+    with pytest.raises(ValueError, match=r"shape \[6, 256\].*cannot be divided"):
+        interop.aot_compile(model, (_X[:6],))
+    with pytest.raises(RuntimeError):
+        interop.aot_compile(model, (_X[:, :5],))
+    assert all(p.device.type == "meta" for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_collectives_and_kernels_of_a_module():
+    text = """\
+%all-reduce-scatter.5 (input.5: f32[64,8]) -> f32[16,8] {
+  %all-reduce.43 = f32[64,8]{1,0:T(8,128)} all-reduce(%input.5), channel_id=58, to_apply=%add
+}
+%fused.1 (a: bf16[4]) -> bf16[16] {
+  %all-gather.1 = bf16[16]{0} all-gather(%a), channel_id=7, dimensions={0}
+}
+%fused.2 (a: bf16[4]) -> bf16[16] {
+  %all-gather.2 = bf16[16]{0} all-gather(%a), channel_id=7, dimensions={0}
+}
+ENTRY %main (a: bf16[4]) -> bf16[16] {
+  %all-reduce.1 = (f32[3]{0}, pred[5]{0}) all-reduce(%a, %b), channel_id=1, to_apply=%add
+  %cp = (f32[10]{0}, f32[10]{0}, u32[], u32[]) collective-permute-start(%a), channel_id=2
+  %cpd = f32[10]{0} collective-permute-done(%cp)
+  %flash.3 = bf16[8]{0} custom-call(%a), custom_call_target="tpu_custom_call"
+  %flash.4 = bf16[8]{0} custom-call(%a), custom_call_target="tpu_custom_call"
+}
+"""
+    found = {c.kind: (c.count, c.bytes) for c in collectives_of(text)}
+    assert found == {
+        "all-gather": (1, 32),
+        "all-reduce": (1, 17),
+        "collective-permute": (1, 40),
+        "reduce-scatter": (1, 2048),
+    }
+    assert kernels_of(text) == {"flash": 2}
