@@ -1,5 +1,8 @@
 """Steps compiled by the real TPU compiler (libtpu), on a machine without a TPU."""
 
+import contextlib
+import weakref
+
 import pytest
 import torch
 import torch.nn as nn
@@ -71,6 +74,45 @@ def test_a_model_with_values_and_state_is_left_alone():
     assert all(a is b for a, b in zip(everything, now, strict=True))
     torch.testing.assert_close(everything, values, rtol=0, atol=0)
     step(torch.randn(4, 256))
+
+
+_kept = []
+
+
+def _raises_with_a_graph_alive(model, x):
+    loss = model(x).square().mean()
+    raise LookupError(f"mine, of {loss.shape}")
+
+
+def _keeps_the_graph(model, x):
+    loss = model(x).square().mean()
+    _kept.append(loss)
+    return loss.detach()
+
+
+def _branches_on_a_value(model, x):
+    loss = model(x).square().mean()
+    return loss if loss > 1 else -loss
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [(_raises_with_a_graph_alive, LookupError), (_branches_on_a_value, RuntimeError), (_keeps_the_graph, None)],
+)
+def test_graphs_that_stay_alive_do_not_keep_the_model_abstract(body, error):
+    pytest.importorskip("libtpu")
+    model = _mlp("cpu").eval()
+    before = list(model.parameters())
+    values = [p.detach().clone() for p in before]
+    watched = weakref.ref(before[0])
+    with contextlib.nullcontext() if error is None else pytest.raises(error):
+        interop.aot_compile(lambda x: body(model, x), (_X,))
+    assert watched() is before[0]
+    assert all(a is b and type(a) is nn.Parameter for a, b in zip(before, model.parameters(), strict=True))
+    torch.testing.assert_close(before, values, rtol=0, atol=0)
+    model(torch.ones(2, 256)).sum().backward()
+    torch.testing.assert_close(before[-1].grad, torch.full((256,), 2.0))
 
 
 @pytest.mark.tpu_aot

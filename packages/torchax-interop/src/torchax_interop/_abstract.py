@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,7 +77,7 @@ def abstracted(
             if isinstance(t, torch.nn.Parameter):
                 made = torch.nn.Parameter(made, t.requires_grad)
             found.storages.append(made._s)
-            torch.utils.swap_tensors(t, made)
+            _swap(t, made)
             swapped.append((t, made))
         with laid_out_modules(modules, mesh, found.batch):
             yield found
@@ -89,13 +88,22 @@ def abstracted(
                     optimizer.state[p] = state[p]
                 else:
                     del optimizer.state[p]
-        for t, _ in swapped:
-            t.grad = None
-        gc.collect()  # graphs of the recording hold the tensors, which then cannot be swapped back
         for t, made in swapped:
-            torch.utils.swap_tensors(t, made)
+            t.grad = None
+            _swap(t, made)
         for t, grad in grads:
             t.grad = grad
+
+
+def _swap(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Two Python objects exchange what they are.
+
+    `torch.utils.swap_tensors` refuses tensors that an autograd graph holds, since the graph goes on with what it has. That is
+    what is wanted here: a graph of the recording that the user keeps, or an error's traceback, must not keep the model abstract.
+    """
+    a.__class__, b.__class__ = b.__class__, a.__class__
+    a.__dict__, b.__dict__ = b.__dict__, a.__dict__
+    torch._C._swap_tensor_impl(a, b)  # type: ignore[attr-defined]
 
 
 def _bytes_on_a_device(x: jax.ShapeDtypeStruct) -> int:
