@@ -66,6 +66,12 @@ def test_values_and_gradients_equal_the_reference(heads, length, keys, features,
 
 
 @pytest.mark.parametrize("mask", ["none", "bool"])
+@pytest.mark.parametrize("features", [64, 80, 96, 128, 256])
+def test_widths_of_heads(features, mask):
+    _compare(*_case(1, 2, 1, 130, 150, features, mask), mask == "none")
+
+
+@pytest.mark.parametrize("mask", ["none", "bool"])
 def test_bfloat16(mask):
     _compare(*_case(1, 2, 1, 130, 150, 64, mask), False, jnp.bfloat16)
 
