@@ -46,6 +46,7 @@ def test_a_train_step_on_meta(rules, share):
     assert _near(found.state_bytes, 4 * parameters / share)  # with both moments and the gradient
     assert _near(found.argument_bytes, 3 * parameters / share + _X.numel())
     assert _near(found.alias_bytes, 3 * parameters / share)
+    assert _near(found.held_bytes, parameters / share)
     assert 0 < found.total_bytes < found.hbm_bytes and found.flops > 6 * 64 * parameters / 4 / 4 * 0.9
     assert found.roofline_seconds == max(found.flops / 197e12, found.bytes_accessed / 819e9)
     sent = {c.kind: c.bytes for c in found.collectives}
@@ -148,6 +149,33 @@ def test_what_does_not_fit():
         model, (torch.empty(8, 65536, device="meta"),), "v5e:2x2", shardings={"weight": ("data", None)}
     )
     assert divided.fits and divided.argument_bytes >= 2**33
+
+
+@pytest.mark.tpu_aot
+def test_gradients_of_the_step_before_count():
+    pytest.importorskip("libtpu")
+    with torch.device("meta"):
+        model = nn.Linear(32768, 40960, bias=False).bfloat16()  # 2.5 GiB
+    x = torch.empty(8, 32768, device="meta", dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters())
+    parameters = 2 * 32768 * 40960
+
+    def cleared(x):
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    found = interop.aot_compile(_step(model, optimizer), (x,), mesh={"data": 1})
+    least = interop.aot_compile(cleared, (x,), mesh={"data": 1})
+    assert found.held_bytes == parameters and least.held_bytes == 0
+    assert found.total_bytes - least.total_bytes >= parameters
+    with torch.device("meta"):
+        wide = nn.Linear(32768, 55296, bias=False).bfloat16()  # 3.4 GiB; five times that is too much
+    found = interop.aot_compile(_step(wide, torch.optim.AdamW(wide.parameters())), (x,), mesh={"data": 1})
+    assert not found.fits and "zero_grad() at the end" in found.advice[0] and "are missing" in found.problem
+    assert found.total_bytes - found.held_bytes < found.hbm_bytes
 
 
 @pytest.mark.tpu_aot

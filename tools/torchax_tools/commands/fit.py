@@ -72,6 +72,7 @@ def _show(found: Any) -> None:
     out.print(f"{found.topology}, {axes}: {'fits' if found.fits else 'does not fit'}", style="bold", markup=False)
     memory = [
         ("parameters, optimizer, gradients", found.state_bytes),
+        ("of these not read, but held", found.held_bytes),
         ("arguments, with what of these is kept", found.argument_bytes),
         ("results", found.output_bytes),
         ("results that overwrite arguments", found.alias_bytes),
@@ -82,7 +83,7 @@ def _show(found: Any) -> None:
     ]
     rows = [{"on each chip": name, "": _size(size)} for name, size in memory if size is not None]
     write_table("", rows)
-    if not found.fits:
+    if found.problem:
         out.print(found.problem, markup=False)
         for line in found.advice:
             out.print(f"- {line}", markup=False)

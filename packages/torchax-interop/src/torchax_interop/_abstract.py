@@ -40,7 +40,7 @@ class Abstracted:
     @property
     def bytes_per_device(self) -> int:
         """What one device holds of parameters, buffers, gradients that stay and the optimizers' state."""
-        return sum(_bytes_on_a_device(s.value) for s in self.storages)
+        return sum(bytes_on_a_device(s.value) for s in self.storages)
 
 
 @contextlib.contextmanager
@@ -101,12 +101,14 @@ def _swap(a: torch.Tensor, b: torch.Tensor) -> None:
     `torch.utils.swap_tensors` refuses tensors that an autograd graph holds, since the graph goes on with what it has. That is
     what is wanted here: a graph of the recording that the user keeps, or an error's traceback, must not keep the model abstract.
     """
-    a.__class__, b.__class__ = b.__class__, a.__class__
-    a.__dict__, b.__dict__ = b.__dict__, a.__dict__
+    for name in ("__class__", "__dict__"):
+        ours, theirs = getattr(a, name), getattr(b, name)
+        setattr(a, name, theirs)
+        setattr(b, name, ours)
     torch._C._swap_tensor_impl(a, b)  # type: ignore[attr-defined]
 
 
-def _bytes_on_a_device(x: jax.ShapeDtypeStruct) -> int:
+def bytes_on_a_device(x: jax.ShapeDtypeStruct) -> int:
     """What one device holds of it."""
     shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
     n = x.dtype.itemsize

@@ -35,21 +35,24 @@ class AotCompiled:
     Attributes:
         topology: as it was asked for.
         mesh: sizes of the axes.
-        fits: the compiler found room for the program.
+        fits: the compiler found room for the program, and there is room for what is held besides.
         hbm_bytes: memory of a chip.
         state_bytes: parameters, buffers, the optimizer's state, and gradients that stay between calls.
-        argument_bytes: everything that is there before the program runs: state, arguments, random state; None if it does not fit.
-        output_bytes: results, those that overwrite arguments included; None if it does not fit.
-        alias_bytes: results that overwrite arguments; None if it does not fit.
-        temporary_bytes: what the program needs in between; None if it does not fit.
-        code_bytes: the program itself; None if it does not fit.
-        flops: operations, as XLA counts them: a loop's body once, of kernels what they declare; None if it does not fit.
-        bytes_accessed: bytes that operations read and write, counted so, too; None if it does not fit.
+        held_bytes: of the state, what the program does not read but what is there while it runs: parameters that it does not use, and
+            gradients of the step before, which `zero_grad` at a step's beginning lets go only when the new ones are there.
+        argument_bytes: everything that the program reads: state, arguments, random state. This and all that follows is None
+            where the compiler found no room.
+        output_bytes: results, those that overwrite arguments included.
+        alias_bytes: results that overwrite arguments.
+        temporary_bytes: what the program needs in between.
+        code_bytes: the program itself.
+        flops: operations, as XLA counts them: a loop's body once, of kernels what they declare.
+        bytes_accessed: bytes that operations read and write, counted so, too.
         collectives: what the devices send to each other.
         kernels: name of each Pallas kernel -> how often it is called in the program.
         problem: what the compiler said if it does not fit.
         advice: what would make it fit.
-        compiled: JAX's compiled program (`as_text()`, `cost_analysis()`, `memory_analysis()`); None if it does not fit.
+        compiled: JAX's compiled program (`as_text()`, `cost_analysis()`, `memory_analysis()`).
     """
 
     topology: str
@@ -57,6 +60,7 @@ class AotCompiled:
     chip: Chip
     fits: bool
     state_bytes: int
+    held_bytes: int = 0
     argument_bytes: int | None = None
     output_bytes: int | None = None
     alias_bytes: int | None = None
@@ -76,10 +80,10 @@ class AotCompiled:
 
     @property
     def total_bytes(self) -> int | None:
-        """What a device holds while the program runs; None if it does not fit."""
+        """What a device holds while the program runs; None where the compiler found no room."""
         if self.compiled is None:
             return None
-        parts = (self.argument_bytes, self.output_bytes, self.temporary_bytes, self.code_bytes)
+        parts = (self.held_bytes, self.argument_bytes, self.output_bytes, self.temporary_bytes, self.code_bytes)
         return sum(x or 0 for x in parts) - (self.alias_bytes or 0)
 
     @property
@@ -100,17 +104,20 @@ class AotCompiled:
         return found | {"roofline_seconds": self.roofline_seconds}
 
 
-def measured(program: jax.stages.Compiled, topology: str, chip: Chip, mesh: Mesh, state_bytes: int) -> AotCompiled:
+def measured(
+    program: jax.stages.Compiled, topology: str, chip: Chip, mesh: Mesh, state_bytes: int, held_bytes: int
+) -> AotCompiled:
     """The report of a program that was compiled."""
     memory: Any = program.memory_analysis()
     cost: Any = program.cost_analysis() or {}
     text = program.as_text() or ""
-    return AotCompiled(
+    found = AotCompiled(
         topology,
         dict(mesh.shape),
         chip,
         True,
         state_bytes,
+        held_bytes,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
@@ -121,6 +128,16 @@ def measured(program: jax.stages.Compiled, topology: str, chip: Chip, mesh: Mesh
         collectives=collectives_of(text),
         kernels=kernels_of(text),
         compiled=program,
+    )
+    excess = (found.total_bytes or 0) - chip.hbm_bytes
+    if excess <= 0:
+        return found
+    return dataclasses.replace(
+        found,
+        fits=False,
+        problem=f"the compiler found room for the program, but {held_bytes} bytes that it does not read are held while it runs, "
+        f"gradients of the step before or unused parameters; {excess} bytes are missing",
+        advice=("call zero_grad() at the end of the step, not at its beginning: no gradients stay between steps",),
     )
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import torch
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torchax import convert
 from torchax.tensor import Tensor
 
-from ._abstract import Abstracted, abstract_tensor, abstracted
+from ._abstract import Abstracted, abstract_tensor, abstracted, bytes_on_a_device
 from ._chips import chip_of
 from ._fit import AotCompiled, measured, refused
 from ._groups import Options
@@ -71,7 +72,7 @@ def aot_compile(
     modules, optimizers = reachable_owners(fn_or_module)
     inference = isinstance(fn_or_module, torch.nn.Module)
     with abstracted(modules, optimizers, grid, rules) as state, _target(inference):
-        lowered = _lowered(fn_or_module, tuple(example_args), grid, state)
+        lowered, held = _lowered(fn_or_module, tuple(example_args), grid, state)
         try:
             with _without_cache():
                 program = lowered.compile(compiler_options)
@@ -79,10 +80,13 @@ def aot_compile(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return refused(str(error), topology, chip, grid, state.bytes_per_device)
-        return measured(program, topology, chip, grid, state.bytes_per_device)
+        return measured(program, topology, chip, grid, state.bytes_per_device, held)
 
 
-def _lowered(fn: Callable[..., Any], args: tuple[Any, ...], mesh: Mesh, state: Abstracted) -> jax.stages.Lowered:
+def _lowered(
+    fn: Callable[..., Any], args: tuple[Any, ...], mesh: Mesh, state: Abstracted
+) -> tuple[jax.stages.Lowered, int]:
+    """The program, and the bytes of the state that it does not read."""
     leaves: list[Any] = []
     spec = flatten((args, {}), leaves)
     leaves = [_argument(x, mesh, state.batch) if isinstance(x, torch.Tensor) else x for x in leaves]
@@ -94,7 +98,8 @@ def _lowered(fn: Callable[..., Any], args: tuple[Any, ...], mesh: Mesh, state: A
     if program.survivors:  # gradients, an optimizer's state: from the second call on they are inputs
         state.storages += [s for s in program.survivors if s not in state.storages]
         program = rehearsed()
-    return program.lower_for(leaves, "tpu", NamedSharding(mesh, PartitionSpec()))
+    lowered, read = program.lower_for(leaves, "tpu", NamedSharding(mesh, PartitionSpec()))
+    return lowered, sum(bytes_on_a_device(s.value) for s in state.storages if s not in read)
 
 
 def _argument(x: torch.Tensor, mesh: Mesh, batch: tuple[str, ...]) -> Tensor:
@@ -115,10 +120,12 @@ def _without_cache() -> Iterator[None]:
     config: Any = jax.config
     before = config.jax_enable_compilation_cache
     config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX looks at the setting once
     try:
         yield
     finally:
         config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _devices(topology: str) -> list[Any]:
