@@ -1,4 +1,4 @@
-"""`torch.cond`, `torch.while_loop`, `scan` and `associative_scan` of tensors on device ``jax`` go to `torchax.interop`.
+"""Functions that take functions, `torch.cond` or `flex_attention`, go to `torchax.interop` for tensors on device ``jax``.
 
 Torch hands these to Dynamo before anything of ours is asked, so the functions themselves get a look at their arguments first.
 """
@@ -16,6 +16,7 @@ from ._execute import state
 from .tensor import Tensor
 
 _PLACES = {
+    "flex_attention": ("torch.nn.attention.flex_attention",),
     "cond": ("torch", "torch._higher_order_ops", "torch._higher_order_ops.cond"),
     "while_loop": ("torch", "torch._higher_order_ops", "torch._higher_order_ops.while_loop"),
     "scan": ("torch._higher_order_ops", "torch._higher_order_ops.scan"),
@@ -25,6 +26,8 @@ _PLACES = {
 
 def install() -> None:
     """Put the look in front of torch's functions."""
+    import torch.nn.attention.flex_attention  # noqa: F401  torch itself does not
+
     for name, places in _PLACES.items():
         modules = [sys.modules[place] for place in places if place in sys.modules]
         original = getattr(modules[-1], name)
@@ -43,9 +46,9 @@ def _looking(name: str, original: Any) -> Any:
             return original(*args, **kwargs)
         if state.executor.owner is None and not any(type(x) is Tensor for x in tree_leaves((args, kwargs))):
             return original(*args, **kwargs)
-        from .interop import control_flow  # type: ignore[attr-defined]
+        from .interop import control_flow, flex  # type: ignore[attr-defined]
 
-        return getattr(control_flow, name)(*args, **kwargs)
+        return getattr(flex if name == "flex_attention" else control_flow, name)(*args, **kwargs)
 
     call.__torchax__ = original  # type: ignore[attr-defined]
     return call

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import control_flow
+from . import control_flow, flex
 from ._mesh import make_mesh
 from ._scan_layers import ScannedLayers, scan_layers
 from .aot import AotCompiled, aot_compile
@@ -72,6 +72,7 @@ __all__ = [
     "distribute_tensor",
     "extract_all_buffers",
     "extract_jax",
+    "flex",
     "fori_loop",
     "fsdp",
     "full_tensor",
