@@ -47,7 +47,7 @@ def _attention(
 
 
 def _wrapped(t: torch.Tensor) -> bool:
-    return torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return torch._C._functorch.is_functorch_wrapped_tensor(t)  # type: ignore[attr-defined]
 
 
 @functools.cache
