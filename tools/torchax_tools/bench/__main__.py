@@ -16,11 +16,11 @@ from rich.table import Table
 
 from .measure import Row, failed
 
-GROUPS = ("import", "ops", "linear", "threads", "train", "families", "gpt", "steps", "decode", "cold")
+GROUPS = ("import", "ops", "linear", "threads", "train", "families", "gpt", "steps", "depth", "decode", "cold")
 
 
 def _group(name: str) -> Callable[[], Iterator[Row]]:
-    from . import decode, families, gpt, ops, startup, steps, train
+    from . import decode, depth, families, gpt, ops, startup, steps, train
 
     return {
         "import": startup.imports,
@@ -31,6 +31,7 @@ def _group(name: str) -> Callable[[], Iterator[Row]]:
         "families": families.families,
         "gpt": gpt.gpt,
         "steps": steps.steps,
+        "depth": depth.depth,
         "decode": decode.decode,
         "cold": startup.cold,
     }[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ _PLAIN = (int, float, str, bool, type(None), tuple)
 
 
 def scan_layers(
-    layers: Sequence[torch.nn.Module],
+    layers: Iterable[torch.nn.Module],
     *,
     remat: bool | Callable[..., Any] = False,
     unroll: int = 1,
