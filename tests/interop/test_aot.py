@@ -152,6 +152,20 @@ def test_what_does_not_fit():
 
 
 @pytest.mark.tpu_aot
+def test_activations_that_do_not_fit():
+    pytest.importorskip("libtpu")
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(1024, 65536), nn.GELU(), nn.Linear(65536, 1024))
+    x = torch.empty(131072, 1024, device="meta")
+    step = _step(model, torch.optim.SGD(model.parameters()))
+    found = interop.aot_compile(step, (x,), mesh={"data": 1})
+    assert not found.fits and "smaller batch" in found.advice[0]
+    name, size = next(iter(found.largest.items()))
+    assert "float32[131072, 65536] of " in name and size == 131072 * 65536 * 4
+    assert list(found.largest.values()) == sorted(found.largest.values(), reverse=True)
+
+
+@pytest.mark.tpu_aot
 def test_gradients_of_the_step_before_count():
     pytest.importorskip("libtpu")
     with torch.device("meta"):

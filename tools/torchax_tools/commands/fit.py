@@ -87,6 +87,8 @@ def _show(found: Any) -> None:
         out.print(found.problem, markup=False)
         for line in found.advice:
             out.print(f"- {line}", markup=False)
+        sizes = [{"largest values, over all chips": what, "": _size(n)} for what, n in found.largest.items()]
+        write_table("", sizes)
         return
     work = [
         {"work of each chip": "operations", "": f"{found.flops:.3g}"},

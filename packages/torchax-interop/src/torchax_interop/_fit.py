@@ -50,6 +50,8 @@ class AotCompiled:
         bytes_accessed: bytes that operations read and write, counted so, too.
         collectives: what the devices send to each other.
         kernels: name of each Pallas kernel -> how often it is called in the program.
+        largest: where the compiler found no room, the largest values that the program computes, as ``"float32[8, 16] of dot_general"`` ->
+            bytes, on all chips together, before the compiler divides and fuses them.
         problem: what the compiler said if it does not fit.
         advice: what would make it fit.
         compiled: JAX's compiled program (`as_text()`, `cost_analysis()`, `memory_analysis()`).
@@ -70,6 +72,7 @@ class AotCompiled:
     bytes_accessed: float | None = None
     collectives: tuple[Collective, ...] = ()
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)
+    largest: dict[str, int] = dataclasses.field(default_factory=dict)
     problem: str | None = None
     advice: tuple[str, ...] = ()
     compiled: Any = dataclasses.field(default=None, repr=False, compare=False)
@@ -141,7 +144,9 @@ def measured(
     )
 
 
-def refused(message: str, topology: str, chip: Chip, mesh: Mesh, state_bytes: int) -> AotCompiled:
+def refused(
+    message: str, topology: str, chip: Chip, mesh: Mesh, state_bytes: int, largest: dict[str, int]
+) -> AotCompiled:
     """The report of a program that the compiler found no room for."""
     return AotCompiled(
         topology,
@@ -149,6 +154,7 @@ def refused(message: str, topology: str, chip: Chip, mesh: Mesh, state_bytes: in
         chip,
         False,
         state_bytes,
+        largest=largest,
         problem=message.strip().splitlines()[0],
         advice=_advice(chip, mesh, state_bytes),
     )
@@ -172,6 +178,27 @@ def _advice(chip: Chip, mesh: Mesh, state_bytes: int) -> tuple[str, ...]:
 
 
 # ---------------------------------------------------------------------- what is in the program
+def largest_values(jaxpr: Any, count: int = 5) -> dict[str, int]:
+    """The largest values that a jaxpr's primitives compute, those inside of loops and calls included: each shape once."""
+    found: dict[str, int] = {}
+
+    def visit(jaxpr: Any) -> None:
+        for eqn in jaxpr.eqns:
+            inner = [j for j in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(j)]
+            for j in inner:
+                visit(getattr(j, "jaxpr", j))
+            for aval in () if inner else [v.aval for v in eqn.outvars if hasattr(v.aval, "shape")]:
+                size = math.prod(aval.shape) * aval.dtype.itemsize
+                found.setdefault(f"{aval.dtype}{list(aval.shape)} of {eqn.primitive.name}", size)
+
+    visit(jaxpr)
+    return dict(sorted(found.items(), key=lambda item: -item[1])[:count])
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
+
+
 _COLLECTIVE = re.compile(
     r"= (?P<type>\(.*?\)|\S+) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
 )

@@ -171,8 +171,10 @@ class Program:
         with jax.enable_x64(True):
             return self._run.lower(*self._arrays(leaves))
 
-    def lower_for(self, leaves: list[Any], platform: str, sharding: Any) -> tuple[jax.stages.Lowered, set[Storage]]:
-        """Its XLA program for devices that are not here, and the storages that it reads.
+    def lower_for(
+        self, leaves: list[Any], platform: str, sharding: Any
+    ) -> tuple[jax.stages.Lowered, Any, set[Storage]]:
+        """Its XLA program for devices that are not here, its jaxpr, and the storages that it reads.
 
         What has values is laid out there as `sharding` says.
         """
@@ -187,7 +189,7 @@ class Program:
         used = {id(v) for v in jaxpr.outvars}.union(*({id(v) for v in eqn.invars} for eqn in jaxpr.eqns))
         read = {s for s, v in zip(self.storages, jaxpr.invars, strict=False) if id(v) in used}
         with jax.enable_x64(True):
-            return traced.lower(lowering_platforms=(platform,)), read
+            return traced.lower(lowering_platforms=(platform,)), jaxpr, read
 
     def rehearse(self, leaves: list[Any]) -> None:
         """As `execute`, of tensors without values: what stays after the call gets a shape, a dtype and a layout."""

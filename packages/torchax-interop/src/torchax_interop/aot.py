@@ -16,7 +16,7 @@ from torchax.tensor import Tensor
 
 from ._abstract import Abstracted, abstract_tensor, abstracted, bytes_on_a_device
 from ._chips import chip_of
-from ._fit import AotCompiled, measured, refused
+from ._fit import AotCompiled, largest_values, measured, refused
 from ._groups import Options
 from ._mesh import checked_sharding, make_mesh
 from ._program import Program
@@ -72,21 +72,21 @@ def aot_compile(
     modules, optimizers = reachable_owners(fn_or_module)
     inference = isinstance(fn_or_module, torch.nn.Module)
     with abstracted(modules, optimizers, grid, rules) as state, _target(inference):
-        lowered, held = _lowered(fn_or_module, tuple(example_args), grid, state)
+        lowered, jaxpr, held = _lowered(fn_or_module, tuple(example_args), grid, state)
         try:
             with _without_cache():
                 program = lowered.compile(compiler_options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return refused(str(error), topology, chip, grid, state.bytes_per_device)
+            return refused(str(error), topology, chip, grid, state.bytes_per_device, largest_values(jaxpr))
         return measured(program, topology, chip, grid, state.bytes_per_device, held)
 
 
 def _lowered(
     fn: Callable[..., Any], args: tuple[Any, ...], mesh: Mesh, state: Abstracted
-) -> tuple[jax.stages.Lowered, int]:
-    """The program, and the bytes of the state that it does not read."""
+) -> tuple[jax.stages.Lowered, Any, int]:
+    """The program, its jaxpr, and the bytes of the state that it does not read."""
     leaves: list[Any] = []
     spec = flatten((args, {}), leaves)
     leaves = [_argument(x, mesh, state.batch) if isinstance(x, torch.Tensor) else x for x in leaves]
@@ -98,8 +98,8 @@ def _lowered(
     if program.survivors:  # gradients, an optimizer's state: from the second call on they are inputs
         state.storages += [s for s in program.survivors if s not in state.storages]
         program = rehearsed()
-    lowered, read = program.lower_for(leaves, "tpu", NamedSharding(mesh, PartitionSpec()))
-    return lowered, sum(bytes_on_a_device(s.value) for s in state.storages if s not in read)
+    lowered, jaxpr, read = program.lower_for(leaves, "tpu", NamedSharding(mesh, PartitionSpec()))
+    return lowered, jaxpr, sum(bytes_on_a_device(s.value) for s in state.storages if s not in read)
 
 
 def _argument(x: torch.Tensor, mesh: Mesh, batch: tuple[str, ...]) -> Tensor:
