@@ -59,6 +59,20 @@ def test_a_train_step_on_meta(rules, share):
 
 
 @pytest.mark.tpu_aot
+def test_a_train_step_runs_the_forward_kernel_once():
+    pytest.importorskip("libtpu")
+    pytest.importorskip("torchax_ops_pallas")
+
+    def step(x):
+        y = nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return torch.autograd.grad(y.square().sum(), x)
+
+    x = torch.empty(1, 2, 512, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    found = interop.aot_compile(step, (x,), "v5e:2x2")
+    assert len(found.kernels) == 3 and set(found.kernels.values()) == {1}  # forward, dq, dk and dv
+
+
+@pytest.mark.tpu_aot
 def test_a_model_with_values_and_state_is_left_alone():
     pytest.importorskip("libtpu")
     model = _mlp("cpu")

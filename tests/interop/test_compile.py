@@ -405,6 +405,38 @@ def test_static_cache_of_transformers() -> None:
     assert compiled.cache_info().misses <= 3
 
 
+def test_an_op_kept_whole_runs_forward_once():
+    lstm = nn.LSTM(3, 4).to("jax")
+
+    @torchax.compile
+    def step(x):
+        loss = lstm(x)[0].square().mean()
+        return torch.autograd.grad(loss, list(lstm.parameters()))
+
+    x = torch.randn(5, 2, 3, device="jax")
+    assert step.lower(x).as_text().count("stablehlo.while") == 2  # forward and backward
+    expected = torch.autograd.grad(lstm(x)[0].square().mean(), list(lstm.parameters()))
+    torch.testing.assert_close(step(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_an_op_kept_whole_while_something_else_saves_its_tensors():
+    x = torch.randn(1, 2, 8, 4, device="jax", requires_grad=True)
+    attend = lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    @torchax.compile
+    def step(x):
+        packed = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(1) or t, lambda t: t * 2):
+            y = attend(x)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        return grad, len(packed)
+
+    grad, saved = step(x)
+    assert saved == 3
+    doubled = (2 * x.detach()).requires_grad_()
+    torch.testing.assert_close(grad, torch.autograd.grad(attend(doubled).sum(), doubled)[0])
+
+
 def test_lower_gives_the_program_and_leaves_everything_as_it_was():
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 2)).to("jax")
     optimizer = torch.optim.AdamW(model.parameters())

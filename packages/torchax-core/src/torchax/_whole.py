@@ -17,7 +17,8 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.utils._pytree import tree_flatten
 
 from ._dispatch import RULES
-from ._execute import Program, state
+from ._execute import Program, is_tracing, state
+from ._functional import wrap_nest
 from ._precision import products
 from ._signature import place
 from ._twins import functional_twin
@@ -26,6 +27,7 @@ from .tensor import Tensor, wrap
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _forward_ad = torch.autograd.forward_ad
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def whole_kernel(op: Any) -> Callable[..., Any]:
@@ -110,14 +112,17 @@ class _Call:
 class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Any) -> Any:
-        served, operands = call.served, call.operands(tensors, call.others)
+        served, operands, needs = call.served, call.operands(tensors, call.others), ctx.needs_input_grad[1:]
+        ctx.call, ctx.pull = call, None
         try:
-            out = call.rule.run(served, operands, (), {})
-        except (
-            Exception
-        ):  # once more with the arguments, in whose terms the error is; a call that goes well has no use for them
+            if is_tracing() and served.plain and served.lowering.backward is None and not _saving_hooks(True):
+                out, ctx.pull = _traced_forward(call, tensors, needs)
+                ctx.executor = state.executor
+            else:
+                out = call.rule.run(served, operands, (), {})
+        except Exception:
+            # once more with the arguments, in whose terms the error is; a call that goes well has no use for them
             out = call.rule.run(served, operands, *place(served.template, operands))
-        ctx.call = call
         outs = () if not call.served.lowering.saves_result else (out,) if call.single else out
         ctx.save_for_backward(*tensors, *outs)
         ctx.n = len(tensors)
@@ -125,10 +130,46 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        saved = ctx.saved_tensors
+        saved, call = ctx.saved_tensors, ctx.call
         tensors, outs, needs = saved[: ctx.n], saved[ctx.n :], ctx.needs_input_grad[1:]
-        differentiate = _differentiable if torch.is_grad_enabled() else _compiled
-        return (None, *differentiate(ctx.call, tensors, outs, grads, needs))
+        if torch.is_grad_enabled():
+            found = _differentiable(call, tensors, outs, grads, needs)
+        elif ctx.pull is not None and ctx.executor is state.executor:
+            found = _pulled(call, ctx.pull, tensors, grads, needs)
+        else:
+            found = _compiled(call, tensors, outs, grads, needs)
+        return (None, *found)
+
+
+_forwards: dict[Any, Program] = {}
+
+
+def _traced_forward(call: _Call, tensors: Any, needs: tuple[bool, ...]) -> tuple[Any, Any]:
+    """The results, and what gives the gradients from what this forward has computed: see `_linearized`.
+
+    So one program has one forward; XLA merges neither kernels nor loops that it finds twice.
+    """
+    served = call.served
+    program = _forwards.get((served, needs))
+    if program is None:
+        arrange, n = _Call(call.op, call.rule, served, []).operands, len(tensors)
+
+        def run(*operands: Any) -> Any:
+            return _linearized(served, arrange, operands[:n], operands[n:], needs)
+
+        program = _forwards[served, needs] = Program(run, str(served.lowering.op), True, served.index)
+    out, pull = state.executor.run(program, [*tensors, *call.others])
+    return wrap_nest(out, served.metas), pull
+
+
+def _pulled(call: _Call, pull: Any, tensors: Any, grads: Any, needs: tuple[bool, ...]) -> list[Any]:
+    def run(*operands: Any) -> Any:
+        given = iter(operands)
+        return pull([None if g is None else next(given) for g in grads])
+
+    program = Program(run, f"{call.served.lowering.op}_backward", True, call.served.index)
+    found = state.executor.run(program, [g for g in grads if g is not None])
+    return [wrap(g, t._m) if need else None for g, t, need in zip(found, tensors, needs, strict=True)]
 
 
 def _differentiable(call: _Call, tensors: Any, outs: Any, grads: Any, needs: tuple[bool, ...]) -> list[Any]:
@@ -180,32 +221,38 @@ def _backward_program(call: _Call, needs: tuple[bool, ...], given: tuple[bool, .
             with products():
                 found = lowering.backward(grads[0] if single else grads, args, result, needs)
         else:
-            found = _vjp(tensors, rest, grads)
+            found = _linearized(served, arrange, tensors, rest, needs)[1](grads)
         pairs = zip(found, tensors, needs, strict=True)
         return [
             jax.numpy.zeros_like(t) if g is None else g.astype(t.dtype).reshape(t.shape) for g, t, need in pairs if need
         ]
 
-    def _vjp(tensors: Any, rest: list[Any], grads: list[Any]) -> list[Any]:
-        wanted = [i for i, need in enumerate(needs) if need]
+    return Program(run, f"{lowering.op}_backward", served.program.wide, served.index)
 
-        def forward(*chosen: Any) -> Any:
-            everything = list(tensors)
-            for i, x in zip(wanted, chosen, strict=True):
-                everything[i] = x
-            return served.apply(*place(served.template, arrange(everything, rest)))
 
-        out, vjp = jax.vjp(forward, *[tensors[i] for i in wanted])
-        leaves = [out] if single else list(out)
+def _linearized(served: Any, arrange: Any, tensors: Any, others: Any, needs: tuple[bool, ...]) -> tuple[Any, Any]:
+    """The lowering's raw results, and a function from their gradients (None for zeros) to those of the needed tensors."""
+    wanted = [i for i, need in enumerate(needs) if need]
+
+    def forward(*chosen: Any) -> Any:
+        everything = list(tensors)
+        for i, x in zip(wanted, chosen, strict=True):
+            everything[i] = x
+        return served.apply(*place(served.template, arrange(everything, others)))
+
+    out, vjp = jax.vjp(forward, *[tensors[i] for i in wanted])
+    leaves = [out] if served.single else list(out)
+
+    def pull(grads: Any) -> list[Any]:
         # torch's gradient of a complex number is the conjugate of JAX's
         cotangents = [
             jax.numpy.zeros_like(o) if g is None else g.astype(o.dtype).conj()
             for o, g in zip(leaves, grads, strict=True)
         ]
-        computed = iter([g.conj() for g in vjp(cotangents[0] if single else type(out)(cotangents))])
+        computed = iter([g.conj() for g in vjp(cotangents[0] if served.single else type(out)(cotangents))])
         return [next(computed) if need else None for need in needs]
 
-    return Program(run, f"{lowering.op}_backward", served.program.wide, served.index)
+    return out, pull
 
 
 def _complete(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

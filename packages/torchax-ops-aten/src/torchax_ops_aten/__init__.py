@@ -11,7 +11,7 @@ from torchax.hookspecs import hookimpl
 __version__ = "0.1.0"
 
 # families whose lowerings multiply matrices, in the precision that torch.set_float32_matmul_precision says
-PRODUCTS = frozenset({"attention", "conv", "distance", "grouped", "matmul", "rnn", "transformer"})
+PRODUCTS = frozenset({"attention", "conv", "distance", "grouped", "matmul", "quantized", "rnn", "transformer"})
 
 
 class AtenPlugin:

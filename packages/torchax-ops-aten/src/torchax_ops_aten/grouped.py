@@ -56,18 +56,3 @@ def trilinear(i1, i2, i3, expand1, expand2, expand3, sumdim, unroll_dim=1):
         if d not in present:
             out = jnp.expand_dims(out, kept.index(d))
     return out
-
-
-@lowering(aten._scaled_mm.default)
-def scaled_mm(x, mat2, scale_a, scale_b, bias=None, scale_result=None, out_dtype=None, use_fast_accum=False):
-    """(scale_a x) (scale_b mat2) + bias of 8-bit floats; scales are numbers, or one for each row and each column."""
-    product = jnp.matmul(x.astype(np.float32), mat2.astype(np.float32)) * scale_a * scale_b
-    return product if bias is None else product + bias.astype(np.float32)
-
-
-@lowering(aten._weight_int8pack_mm.default)
-def weight_int8pack_mm(x, mat2, scales):
-    """x mat2^T with int8 weights [N, K] and a scale for each of the N results."""
-    dtype = accumulator(x.dtype)
-    product = lax.dot_general(x.astype(dtype), mat2.astype(dtype), (((1,), (1,)), ((), ())))
-    return product * scales.astype(dtype)

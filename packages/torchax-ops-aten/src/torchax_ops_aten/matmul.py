@@ -145,12 +145,6 @@ def _add_bool(x, product, beta, alpha):
     return (jnp.asarray(beta) != 0) & x | (jnp.asarray(alpha) != 0) & product
 
 
-@lowering(aten._int_mm.default)
-def int_mm(a, b):
-    """int8 matrices, accumulated in int32."""
-    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=np.dtype(np.int32))
-
-
 def _linear_backward(grads, args, result, needs):
     grad = grads[0] if isinstance(grads, (tuple, list)) else grads
     x, weight = args[:2]
