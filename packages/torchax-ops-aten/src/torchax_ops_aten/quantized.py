@@ -36,7 +36,7 @@ def weight_int8pack_mm(x, mat2, scales):
 def scaled_mm(x, mat2, scale_a, scale_b, bias=None, scale_result=None, out_dtype=None, use_fast_accum=False):
     """(scale_a x) (scale_b mat2) + bias of 8-bit floats; scales are numbers, or one for each row and each column.
 
-    `scale_result` divides results that are 8-bit floats themselves; others ignore it.
+    `scale_result` divides results that `out_dtype` asks for as 8-bit floats; others ignore it, as on CPU.
     """
     _check_product(x, mat2, bias)
     single = scale_a.size == scale_b.size == 1
@@ -46,7 +46,7 @@ def scaled_mm(x, mat2, scale_a, scale_b, bias=None, scale_result=None, out_dtype
         raise RuntimeError("scale_result must be a float scalar")
     dtype = x.dtype if out_dtype is None else to_jax(out_dtype)
     result = _scaled_product(x, mat2, scale_a, scale_b, bias)
-    if scale_result is not None and _is_float8(dtype):
+    if scale_result is not None and out_dtype is not None and _is_float8(dtype):
         result = result / scale_result.reshape(())
     return result.astype(dtype)
 
