@@ -24,7 +24,7 @@ def output_layout(program: Program, recorder: Recorder) -> list[Any]:
     does at the first.
     """
     given = [g.value(recorder.leaves) for g in program.groups if g.kind != "cpu"]
-    program.sources = [s for s in program.storages if s.geometry is _random._META]
+    program.sources = [s for s in program.storages if is_source(s)]
     state = [
         s.value for s in program.storages if s.geometry is not _random._META
     ]  # random states come to where the rest is
@@ -67,6 +67,11 @@ def _spread(value: Any) -> bool:
     return (
         isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and len(value.sharding.device_set) > 1
     )
+
+
+def is_source(storage: Storage) -> bool:
+    """Whether it is a state of random numbers."""
+    return storage.geometry is _random._META
 
 
 def settle_source(source: Storage, mesh: Mesh | None) -> None:

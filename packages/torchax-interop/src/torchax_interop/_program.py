@@ -21,7 +21,8 @@ from torchax.tensor import Tensor, make, wrap
 from . import _optim as _optim
 from ._groups import dense
 from ._guards import Guards, plain_attributes
-from ._layout import laid_out, output_layout, settle_source
+from ._held import Held
+from ._layout import is_source, laid_out, output_layout, settle_source
 from ._split import split
 from ._tree import Known, unflatten
 
@@ -51,6 +52,8 @@ class Program:
         self.recipes, self.out_spec = recorder.recipes, recorder.out_spec
         self.groups, self.changed = recorder.groups, recorder.changed
         self.written, self.survivors, self.set_grads = recorder.written, recorder.survivors, recorder.set_grads
+        self.lasting = [*(s for s in self.written if not is_source(s)), *self.survivors]
+        self.held = Held(self.lasting)
         self.graded, self.graded_with = [t for t, _ in self.set_grads], [g for _, g in self.set_grads]
         self.counts, self.roots = recorder.counts, recorder.roots
         self.differentiable_results = recorder.differentiable_results
@@ -85,16 +88,21 @@ class Program:
         recording, jaxpr = recorder.recording, closed.jaxpr
         storage_of = {id(a): s for s, a in recording.captured.items()}
         cotangent_of = {id(s.value): s for s in recorder.cotangents}
-        inputs, cotangents, self.storages, self.constants, embedded = [], {}, [], [], {}
+        cotangents, captures, self.constants, embedded = {}, [], [], {}
         for var, const in zip(jaxpr.constvars, closed.consts, strict=True):
             if id(const) in cotangent_of:
                 cotangents[cotangent_of[id(const)]] = var
             elif id(const) in storage_of:
-                self.storages.append(storage_of[id(const)])
-                inputs.append(var)
+                captures.append((storage_of[id(const)], var))
         n_explicit = len(recorder.explicit)
-        self.storages += recorder.explicit
-        inputs += jaxpr.invars[:n_explicit]
+        captures += zip(recorder.explicit, jaxpr.invars[:n_explicit], strict=True)
+        place = {s: i for i, s in enumerate(self.lasting)}
+        captures.sort(key=lambda pair: place.get(pair[0], len(place)))  # those that are held first, see `_arrays`
+        self.storages, inputs = [s for s, _ in captures], [var for _, var in captures]
+        held = [place[s] for s in self.storages if s in place]
+        n_held = len(held)
+        self.held_inputs: Any = slice(n_held) if held == list(range(n_held)) else held
+        self.state, self.others = self.storages[:n_held], self.storages[n_held:]
         captured = len(inputs)
         for var, const in zip(jaxpr.constvars, closed.consts, strict=True):
             if id(const) in cotangent_of or id(const) in storage_of:
@@ -118,6 +126,11 @@ class Program:
             if g.kind != "cpu" and (k in overwritten or all(donate(i) for i in g.members))
         ]
         donated += self.donated_arguments
+        given_away = {inputs[i] for i in donated}
+        # what is held is one argument, of whose arrays all are overwritten: JAX takes a list faster than many arguments
+        nested = lambda i: max(i - n_held + 1, 0)
+        self.donated_arguments = list(map(nested, self.donated_arguments))
+        donated = sorted(set(map(nested, donated)))
         jit = recorder.options.jit
         layout = output_layout(self, recorder)
         flat = _Flat(jaxpr, embedded)
@@ -127,7 +140,6 @@ class Program:
             self._run = jax.jit(flat.function(inputs, jaxpr.outvars), donate_argnums=donated, **pinned, **jit)
             return
         n = sum(self.counts)
-        given_away = {inputs[i] for i in donated}
         variables = [*inputs, *embedded]
         order = [cotangents.get(s) for s in recorder.cotangents]
         self.given_cotangents = [v is not None for v in order]  # one that no gradient depends on is not a constant
@@ -139,7 +151,7 @@ class Program:
         kept_embedded = [few[i - len(inputs)] for i in halves.kept_inputs if i >= len(inputs)]
         n_kept = len(self.kept)
         pinned = laid_out(layout, len(halves.forward.outvars))
-        forward = lambda *a: jax.core.eval_jaxpr(halves.forward, [], *a, *few)
+        forward = lambda state, *a: jax.core.eval_jaxpr(halves.forward, [], *state, *a, *few)
         self._run = jax.jit(forward, donate_argnums=donated, **pinned, **jit)
         self._backward = jax.jit(
             lambda *a: jax.core.eval_jaxpr(halves.backward, [], *a[:n_kept], *kept_embedded, *a[n_kept:])
@@ -149,14 +161,14 @@ class Program:
     def execute(self, leaves: list[Any]) -> list[Any]:
         """Run it; gives the results."""
         arrays = self._arrays(leaves)
-        if self.donated_arguments and len(set(map(id, arrays))) < len(arrays):
+        if self.donated_arguments:
             self._make_distinct(arrays)
         if self.halves is None:
             try:
                 with jax.enable_x64(True):
                     outs = self._run(*arrays)
             except (RuntimeError, ValueError) as error:
-                raise _explained(error, arrays) from error
+                raise _explained(error, _flattened(arrays)) from error
             found: Any = ()
         else:
             call = _Call(self, arrays)
@@ -184,7 +196,7 @@ class Program:
             else jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding)
         )
         with jax.enable_x64(True):
-            traced = self._run.trace(*map(abstract, self._arrays(leaves)))
+            traced = self._run.trace(*jax.tree.map(abstract, self._arrays(leaves)))
         jaxpr = traced.jaxpr.jaxpr
         used = {id(v) for v in jaxpr.outvars}.union(*({id(v) for v in eqn.invars} for eqn in jaxpr.eqns))
         read = {s for s, v in zip(self.storages, jaxpr.invars, strict=False) if id(v) in used}
@@ -203,7 +215,7 @@ class Program:
             t.grad = grad
 
     def _arrays(self, leaves: list[Any]) -> list[Any]:
-        """The inputs of the XLA program."""
+        """The arguments of the XLA program, of which the first is a list of what it holds between calls."""
         for number in self.numbers:
             value = number[0][number[1]]
             if value is not number[3] and float(value) != number[3]:
@@ -211,7 +223,12 @@ class Program:
                 number[2].value = np.float64(number[3])
         for source in self.sources:
             settle_source(source, self.mesh)
-        arrays = [s.value for s in self.storages]
+        held, chosen = self.held.arrays, self.held_inputs
+        if held is None:
+            arrays: list[Any] = [[s.value for s in self.state]]
+        else:
+            arrays = [held[chosen] if type(chosen) is slice else [held[i] for i in chosen]]
+        arrays += [s.value for s in self.others]
         arrays += self.constants
         if self.in_shardings is None:
             arrays += [g.value(leaves) for g in self.groups]
@@ -221,22 +238,23 @@ class Program:
 
     def _make_distinct(self, arrays: list[Any]) -> None:
         """An argument that is overwritten may be passed as something else, too: it then gives a copy away."""
-        counts = collections.Counter(map(id, arrays))
+        counts = collections.Counter(map(id, _flattened(arrays)))
         for i in self.donated_arguments:
             if counts[id(arrays[i])] > 1:
                 arrays[i] = jnp.copy(arrays[i])
 
     def _write_back(self, leaves: list[Any], outs: Any) -> None:
         n_results, n_written, n_survivors, n_changed = self.counts
-        end = n_results + n_written
-        for storage, value in zip(self.written, outs[n_results:end], strict=True):
+        end = n_results + n_written + n_survivors
+        begin = end - len(self.lasting)
+        for storage, value in zip(self.written, outs[n_results:begin], strict=False):  # states of random numbers
             storage.value = value
             storage.version += 1
-        for storage, value in zip(self.survivors, outs[end : end + n_survivors], strict=True):
-            storage.value = value
-            storage.version += 1
-            storage.owner = None
-        end += n_survivors
+        if not self.held.keep(outs[begin:end]):
+            for storage, value in zip(self.lasting, outs[begin:end], strict=True):
+                storage.value = value
+                storage.version += 1
+                storage.owner = None
         for k, value in zip(self.changed, outs[end : end + n_changed], strict=True):
             self.groups[k].store(leaves, value)
         if not self.graded:
@@ -300,6 +318,10 @@ def _explained(error: Exception, arrays: list[Any], begin: str = "") -> Exceptio
     return error if gone is None else errors.BufferDonated(f"{begin}{gone}{user_line()}")
 
 
+def _flattened(arrays: list[Any]) -> list[Any]:
+    return [*arrays[0], *arrays[1:]]
+
+
 def _placed(value: Any, sharding: Any) -> Any:
     return value if sharding is None else jax.device_put(value, sharding)
 
@@ -320,7 +342,7 @@ class _Flat:
         jaxpr = self.jaxpr.replace(
             constvars=[], invars=[*inputs, *self.embedded], outvars=outvars, debug_info=_no_names(self.jaxpr)
         )
-        return lambda *arrays: jax.core.eval_jaxpr(jaxpr, [], *arrays, *few)
+        return lambda state, *arrays: jax.core.eval_jaxpr(jaxpr, [], *state, *arrays, *few)
 
 
 def _no_names(jaxpr: Any) -> Any:
@@ -352,10 +374,11 @@ class Differentiable(torch.autograd.Function):
             with jax.enable_x64(True):
                 outs = program._run(*call.arrays)
         except (RuntimeError, ValueError) as error:
-            raise _explained(error, call.arrays) from error
+            raise _explained(error, _flattened(call.arrays)) from error
         n = sum(program.counts)
         ctx.program = program
-        ctx.kept = [call.arrays[i] for i in program.kept] + list(outs[n:])
+        inputs = _flattened(call.arrays)
+        ctx.kept = [inputs[i] for i in program.kept] + list(outs[n:])
         call.outs, call.arrays = outs[:n], []
         ctx.metas = [r._m if type(r) is Tensor else r for r in roots]
         return tuple(

@@ -17,6 +17,7 @@ from torchax.tensor import Tensor, make, wrap
 
 from ._enter import jax_factories
 from ._groups import Options, dense, group_leaves
+from ._layout import is_source
 from ._optim import refuse_schedulers
 from ._program import Program
 from ._reach import Places, reachable_tensors
@@ -298,6 +299,7 @@ class Recorder:
                 results.append(payload if view is None else value)
         self.recipes, self.survivors = recipes, survivors
         self.written = [s for s, v in recording.values.items() if v is not recording.captured[s]]
+        self.written.sort(key=is_source, reverse=True)  # the others are held, see `_held`
         self.changed = [k for k, v in enumerate(self.given_values) if v is not None and v is not self.originals[k]]
         self.counts = (len(results), len(self.written), len(survivors), len(self.changed))
         return [

@@ -1,0 +1,177 @@
+"""What a compiled function has written is seen by whoever looks, whenever that is."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import jax
+import pytest
+import torch
+import torch.nn as nn
+import torchax
+from torchax_interop._held import HeldStorage
+
+
+def _counters(n=3):
+    counters = [torch.zeros(2, device="jax") for _ in range(n)]
+
+    @torchax.compile
+    def step(x):
+        for i, t in enumerate(counters):
+            t.add_(x * (i + 1))
+        return x.sum()
+
+    return counters, step
+
+
+def _held(tensors):
+    return [type(t._s) is HeldStorage for t in tensors]
+
+
+def test_a_step_after_a_step_holds_what_it_wrote():
+    counters, step = _counters()
+    x = torch.ones(2, device="jax")
+    for _ in range(5):
+        step(x)
+    assert all(_held(counters))
+    assert counters[1].tolist() == [10, 10]
+    assert not any(_held(counters))
+    assert [t[0].item() for t in counters] == [5, 10, 15]
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 20])
+def test_reads_and_writes_between_calls(calls):
+    counters, step = _counters()
+    x = torch.ones(2, device="jax")
+    view = counters[0][:1]
+    expected = 0
+    for round_ in range(6):
+        for _ in range(calls):
+            step(x)
+        expected += calls
+        assert view.item() == expected  # views remember the version that they read
+        if round_ % 2:
+            counters[0].mul_(2)  # written first, not read
+            expected *= 2
+        assert view.item() == expected
+        assert counters[2].sum().item() == 6 * calls * (round_ + 1)
+
+
+def test_two_functions_that_write_the_same_tensors():
+    t = torch.zeros((), device="jax")
+    u = torch.zeros((), device="jax")
+
+    @torchax.compile
+    def add(x):
+        t.add_(x)
+        u.add_(t)
+        return t * 1
+
+    @torchax.compile
+    def double():
+        u.mul_(2)
+        t.mul_(2)
+
+    one, a, b = torch.ones((), device="jax"), 0.0, 0.0
+    for i in range(40):
+        if i % 7 in (2, 3):
+            double()
+            a, b = 2 * a, 2 * b
+        else:
+            assert add(one).item() == a + 1
+            a, b = a + 1, b + a + 1
+    assert (t.item(), u.item()) == (a, b)
+
+
+def test_a_training_step_whose_gradients_and_state_are_read():
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 1)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    models[1].to("jax")
+    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-2) for m in models]
+
+    def step(i, x):
+        optimizers[i].zero_grad()
+        loss = models[i](x).square().mean()
+        loss.backward()
+        optimizers[i].step()
+        return loss.detach()
+
+    compiled = torchax.compile(step)
+    for k in range(12):
+        x = torch.randn(5, 3)
+        torch.testing.assert_close(compiled(1, x.to("jax")).cpu(), step(0, x), rtol=1e-4, atol=1e-5)
+        if k % 5 == 4:
+            for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+                torch.testing.assert_close(q.grad.cpu(), p.grad, rtol=1e-3, atol=1e-5)
+            state = torchax.interop.torch_view(torchax.interop.jax_view(models[1].state_dict()))
+            for key, value in models[0].state_dict().items():
+                torch.testing.assert_close(state[key].cpu(), value, rtol=1e-3, atol=1e-4)
+    for s, t in zip(optimizers[0].state.values(), optimizers[1].state.values(), strict=True):
+        torch.testing.assert_close(t["exp_avg"].cpu(), s["exp_avg"], rtol=1e-3, atol=1e-5)
+
+
+def test_the_function_may_go_first():
+    counters, step = _counters()
+    for _ in range(4):
+        step(torch.ones(2, device="jax"))
+    assert all(_held(counters))
+    del step
+    gc.collect()
+    assert counters[2].tolist() == [12, 12]
+
+
+def test_a_call_that_fails_leaves_what_was_held():
+    counters, step = _counters()
+    x = torch.ones(2, device="jax")
+    for _ in range(4):
+        step(x)
+    gone = torch.ones(2, device="jax")
+    gone.jax().delete()
+    with pytest.raises(torchax.errors.BufferDonated):
+        step(gone)
+    assert counters[0].tolist() == [4, 4]
+    step(x)
+    assert counters[0].tolist() == [5, 5]
+
+
+def test_readers_in_another_thread():
+    t = torch.zeros((), device="jax")
+
+    @torchax.compile(donate_state=False)
+    def step(x):
+        t.add_(x)
+
+    seen, stop = [], threading.Event()
+
+    def read():
+        while not stop.is_set():
+            seen.append(t.item())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    one = torch.ones((), device="jax")
+    try:
+        for _ in range(300):
+            step(one)
+    finally:
+        stop.set()
+        reader.join()
+    assert t.item() == 300
+    assert seen == sorted(seen)
+
+
+def test_a_held_tensor_does_not_keep_the_others():
+    counters, step = _counters()
+    for _ in range(4):
+        step(torch.ones(2, device="jax"))
+    storages = [weakref.ref(t._s) for t in counters]
+    first = counters[0]
+    assert all(_held(counters))
+    del counters, step
+    jax.clear_caches()
+    gc.collect()
+    assert [s() is None for s in storages] == [False, True, True]
+    assert first.tolist() == [4, 4]
