@@ -305,7 +305,8 @@ class Program:
             return make(leaf._s, meta, view)
         value = group.value(leaves)
         geometry = dense_meta(tuple(value.shape), leaf.dtype, meta.index)
-        return make(Storage(jnp.copy(value), geometry), meta, view)
+        with jax.enable_x64(True):
+            return make(Storage(jnp.array(value), geometry), meta, view)
 
     def misfit(self, leaves: list[Any]) -> str | None:
         """Why it cannot serve a call with these leaves, or None."""

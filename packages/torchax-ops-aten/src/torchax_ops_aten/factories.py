@@ -14,15 +14,19 @@ from ._common import cast
 from ._index import scalar
 
 
+_KINDS = {bool: "b", int: "i", float: "f", complex: "c"}  # as in numpy, which takes 10 us to say so
+
+
 def _dtype(dtype, *numbers):
     """`dtype`, else the default one: integers give int64, floats torch's default dtype."""
     if dtype is not None:
         return to_jax(dtype)
-    if any(isinstance(n, complex) or jnp.issubdtype(jnp.result_type(n), jnp.complexfloating) for n in numbers):
+    kinds = {_KINDS.get(type(n)) or jnp.result_type(n).kind for n in numbers}
+    if "c" in kinds:
         return to_jax(torch.complex128 if torch.get_default_dtype() == torch.float64 else torch.complex64)
-    if numbers and all(jnp.result_type(n) == jnp.bool_ for n in numbers):
+    if kinds == {"b"}:
         return np.dtype(np.bool_)
-    if numbers and all(jnp.issubdtype(jnp.result_type(n), jnp.integer) for n in numbers):
+    if kinds and kinds <= {"i", "u"}:
         return np.dtype(np.int64)
     return to_jax(torch.get_default_dtype())
 
