@@ -13,7 +13,6 @@ from torchax.ops import aten, lowering
 from ._common import cast
 from ._index import scalar
 
-
 _KINDS = {bool: "b", int: "i", float: "f", complex: "c"}  # as in numpy, which takes 10 us to say so
 
 
