@@ -27,6 +27,7 @@ from .tensor import OWN, Tensor
 _KEYS = ("PrivateUse1", "Lazy")
 _libraries: list[torch.library.Library] = []
 _refusing: list[torch.library.Library] = []
+_keeping: list[torch.library.Library] = []
 _autograd: torch.library.Library | None = None
 _registered: set[str] = set()
 _examined: set[str] = set()  # known to be factories, or none
@@ -75,9 +76,12 @@ def register_kernels() -> None:
         if entry.op in _registered:
             continue
         if entry.whole:
-            _registered.add(entry.op)
-            if _autograd is not None and entry.op.startswith("aten::"):
-                _autograd.impl(entry.op.removeprefix("aten::"), whole_kernel(_overload(entry.op)))
+            if _autograd is not None and _exists(entry.op):
+                _registered.add(entry.op)
+                namespace, name = entry.op.split("::")
+                library = _autograd if namespace == "aten" else torch.library.Library(namespace, "IMPL", "AutogradLazy")
+                library.impl(name, whole_kernel(_overload(entry.op)))
+                _keeping.append(library)
         elif (
             entry.kind in ("functional", "stateful", "dynamic")
             and entry.op not in _examined

@@ -6,6 +6,7 @@ that follow it (``zeros_like``, ``clone``, deep copies) are pinned, too. Every o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,9 +36,10 @@ def place(value: Any, sharding: Any) -> Any:
 
 
 class _Pins:
-    """Counts how often storages were pinned, so that compiled programs notice."""
+    """Counts how often storages were pinned, so that compiled programs notice; and how the batch was divided last."""
 
     epoch = 0
+    parts = 1
 
 
 pins = _Pins()
@@ -57,11 +59,17 @@ _batch_axes: dict[tuple[str, ...], tuple[str, ...]] = {}
 def divide_batch(mesh: Any, axes: tuple[str, ...]) -> None:
     """Say which axes of meshes that are named as `mesh` divide the batch: the division of kernels goes by it."""
     _batch_axes[tuple(mesh.axis_names)] = tuple(axes)
+    pins.parts = math.prod(mesh.shape[axis] for axis in axes)
 
 
 def batch_axes(names: tuple[str, ...]) -> tuple[str, ...] | None:
     """Which of the mesh axes `names` divide the batch; None if nothing has said so."""
     return _batch_axes.get(names)
+
+
+def batch_parts() -> int:
+    """Over how many devices the batch is divided, as far as was said; 1 in code for each device."""
+    return pins.parts if divided() else 1
 
 
 _relayouts: dict[Any, Callable[[Any], Any]] = {}

@@ -11,7 +11,9 @@ from torchax.hookspecs import hookimpl
 __version__ = "0.1.0"
 
 # families whose lowerings multiply matrices, in the precision that torch.set_float32_matmul_precision says
-PRODUCTS = frozenset({"attention", "conv", "distance", "grouped", "matmul", "quantized", "rnn", "transformer"})
+PRODUCTS = frozenset(
+    {"attention", "conv", "distance", "grouped", "linear_cross_entropy", "matmul", "quantized", "rnn", "transformer"}
+)
 
 
 class AtenPlugin:
@@ -31,6 +33,7 @@ class AtenPlugin:
     def torchax_register_ops(self, registry: Any) -> None:
         for family in families():
             registry.collect(importlib.import_module(f"{__name__}.{family}"), products=family in PRODUCTS)
+        importlib.import_module(f"{__name__}.linear_cross_entropy").install()
 
 
 def families() -> list[str]:
