@@ -66,7 +66,7 @@ def _close(found, expected, dtype):
 @example((0, 5, 7), torch.float64, "mean", 0, 0.0, (True, False), None)
 @example((0, 5, 7), torch.float64, "none", 0, 0.0, (True, False), 3)
 def test_values_and_gradients(sizes, dtype, reduction, ignored, smoothing, extras, rows) -> None:
-    (x, weight, bias), target = _draw(*sizes, dtype, min(ignored, sizes[0]), seed=sum(sizes))
+    (x, weight, bias), target = _draw(*sizes, dtype=dtype, ignored=min(ignored, sizes[0]), seed=sum(sizes))
     bias = bias if extras[0] else None
     classes = torch.rand(sizes[2]).to(dtype) if extras[1] else None
     options = None if rows is None else LinearCrossEntropyOptions(batch_chunk_size=rows)
