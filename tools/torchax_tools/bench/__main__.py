@@ -16,11 +16,11 @@ from rich.table import Table
 
 from .measure import Row, failed
 
-GROUPS = ("import", "ops", "linear", "threads", "train", "families", "gpt", "steps", "depth", "decode", "cold")
+GROUPS = ("import", "ops", "linear", "threads", "train", "families", "gpt", "steps", "depth", "decode", "cold", "tpu")
 
 
 def _group(name: str) -> Callable[[], Iterator[Row]]:
-    from . import decode, depth, families, gpt, ops, startup, steps, train
+    from . import decode, depth, families, gpt, ops, startup, steps, tpu, train
 
     return {
         "import": startup.imports,
@@ -34,12 +34,15 @@ def _group(name: str) -> Callable[[], Iterator[Row]]:
         "depth": depth.depth,
         "decode": decode.decode,
         "cold": startup.cold,
+        "tpu": tpu.tpu,
     }[name]
 
 
-def _seconds(value: float | None) -> str:
+def _amount(value: float | None, counted: str = "s") -> str:
     if value is None:
         return ""
+    if counted != "s":
+        return f"{value:,.0f} {counted}".strip()
     for scale, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
         if value * scale >= 1:
             return f"{value * scale:.3g} {unit}"
@@ -62,7 +65,7 @@ def report(rows: list[Row]) -> Table:
             table.add_row(group, row.name, "-", "", f"[red]{row.error}[/red]")
             continue
         style = {True: "green", False: "yellow", None: ""}[row.reached]
-        value = f"{row.value:.2f} {row.unit}"
+        value = "-" if row.value is None else f"{row.value:.2f} {row.unit}"
         goal = "" if row.goal is None else f"{'>=' if row.more else '<='} {row.goal:g}"
         table.add_row(
             group,
@@ -70,9 +73,9 @@ def report(rows: list[Row]) -> Table:
             f"[{style}]{value}[/{style}]" if style else value,
             goal,
             row.against,
-            _seconds(row.ours),
-            _seconds(row.theirs),
-            _seconds(row.torch_cpu),
+            _amount(row.ours, row.counted),
+            _amount(row.theirs, row.counted),
+            _amount(row.torch_cpu),
         )
     return table
 

@@ -24,11 +24,12 @@ class Row:
         unit: ``"x"`` for a ratio, ``"s"``, or what is counted.
         against: what the ratio is taken to.
         goal: the largest value that torchax aims at (the smallest if `more`); None without one.
-        ours: seconds of our side.
-        theirs: seconds of the other side.
+        ours: seconds of our side, or what is counted.
+        theirs: seconds of the other side, or what is counted.
         torch_cpu: seconds of torch on CPU, if measured.
         more: larger is better.
         error: why there is no value.
+        counted: what `ours` and `theirs` are.
     """
 
     group: str
@@ -42,6 +43,7 @@ class Row:
     torch_cpu: float | None = None
     more: bool = False
     error: str = ""
+    counted: str = "s"
 
     @property
     def reached(self) -> bool | None:

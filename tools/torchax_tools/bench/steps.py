@@ -80,7 +80,7 @@ def _gpt(w: Arrays, buffers: Arrays, x: jax.Array, y: jax.Array) -> tuple[jax.Ar
     return _cross_entropy(gpt.forward(w, x), y), buffers
 
 
-def _jax_step(loss: Loss, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+def jax_step(loss: Loss, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
     def step(w: Arrays, buffers: Arrays, state: Any, x: jax.Array, y: jax.Array) -> Any:
         (value, buffers), grads = jax.value_and_grad(loss, has_aux=True)(w, buffers, x, y)
         updates, state = optimizer.update(grads, state, w)
@@ -90,7 +90,7 @@ def _jax_step(loss: Loss, optimizer: optax.GradientTransformation) -> Callable[.
 
 
 # ---------------------------------------------------------------------- the steps
-def _torch_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[..., torch.Tensor]:
+def torch_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[..., torch.Tensor]:
     def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x).flatten(0, -2), y.flatten())
@@ -109,7 +109,7 @@ def _adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
 
 
-def _cases() -> Iterator[tuple[str, nn.Module, torch.Tensor, torch.Tensor, Any, Loss, optax.GradientTransformation]]:
+def cases() -> Iterator[tuple[str, nn.Module, torch.Tensor, torch.Tensor, Any, Loss, optax.GradientTransformation]]:
     layers = (nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
     sgd, labels = optax.sgd(0.01, momentum=0.9), torch.randint(0, 10, (128,))
     yield "MLP, SGD", nn.Sequential(*layers), torch.randn(128, 784), labels, _sgd, _mlp, sgd
@@ -119,15 +119,25 @@ def _cases() -> Iterator[tuple[str, nn.Module, torch.Tensor, torch.Tensor, Any, 
     yield "GPT, AdamW", GPT(width=256), tokens, tokens.roll(-1, 1), _adamw, _gpt, adamw
 
 
-def _work(compiled: Any) -> tuple[float, float, float]:
+def work(compiled: Any) -> tuple[float, float, float]:
     """Flops, bytes accessed, and bytes of temporaries of a compiled program."""
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return cost["flops"], cost["bytes accessed"], memory.temp_size_in_bytes
 
 
+def arrays_of(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, transform: optax.GradientTransformation
+) -> tuple[list[Any], list[jax.Array]]:
+    """What the step by hand holds (weights, buffers, the optimizer's state), and its batch."""
+    weights = {k: jnp.array(v.detach().numpy()) for k, v in model.named_parameters()}
+    buffers = {k: jnp.array(v.numpy()) for k, v in model.named_buffers()}
+    batch = [jnp.asarray(t.numpy(), jnp.int32 if t.dtype == torch.int64 else None) for t in (x, y)]
+    return [weights, buffers, transform.init(weights)], batch
+
+
 def steps() -> Iterator[Row]:
     """For each model: run time, flops, bytes, temporaries, time to trace."""
-    for name, model, x, y, torch_optimizer, loss, transform in _cases():
+    for name, model, x, y, torch_optimizer, loss, transform in cases():
         try:
             yield from _compared(name, model, x, y, torch_optimizer, loss, transform)
         except Exception as error:
@@ -143,19 +153,17 @@ def _compared(
     loss: Loss,
     transform: optax.GradientTransformation,
 ) -> Iterator[Row]:
-    weights = {k: jnp.array(v.detach().numpy()) for k, v in model.named_parameters()}
-    buffers = {k: jnp.array(v.numpy()) for k, v in model.named_buffers()}
-    ax, ay = (jnp.asarray(t.numpy(), jnp.int32 if t.dtype == torch.int64 else None) for t in (x, y))
-    by_hand, held = _jax_step(loss, transform), [weights, buffers, transform.init(weights)]
+    held, (ax, ay) = arrays_of(model, x, y, transform)
+    by_hand = jax_step(loss, transform)
     start = time.perf_counter()
     lowered = by_hand.lower(*held, ax, ay)
     trace_theirs = time.perf_counter() - start
     theirs = lowered.compile()
 
     on_cpu = copy.deepcopy(model)
-    cpu_step = _torch_step(on_cpu, torch_optimizer(on_cpu.parameters()))
+    cpu_step = torch_step(on_cpu, torch_optimizer(on_cpu.parameters()))
     model = model.to("jax")
-    compiled = torchax.compile(_torch_step(model, torch_optimizer(model.parameters())))
+    compiled = torchax.compile(torch_step(model, torch_optimizer(model.parameters())))
     jx, jy = x.to("jax"), y.to("jax")
     compiled(jx, jy)  # makes the optimizer's state
     start = time.perf_counter()
@@ -174,6 +182,6 @@ def _compared(
         "steps", f"{name}: run", lambda: compiled(jx, jy), hand_step, "JAX + optax", 1.05, lambda: cpu_step(x, y)
     )
     goals = {"flops": 1.02, "bytes": 1.02, "temporaries": 1.05}
-    for (what, goal), mine, other in zip(goals.items(), _work(ours), _work(theirs), strict=True):
+    for (what, goal), mine, other in zip(goals.items(), work(ours), work(theirs), strict=True):
         yield Row("steps", f"{name}: {what}", mine / other, "x", "JAX + optax", goal)
     yield Row("steps", f"{name}: tracing", trace_ours / trace_theirs, "x", "JAX + optax", 2.0, trace_ours, trace_theirs)
