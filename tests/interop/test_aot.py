@@ -68,8 +68,10 @@ def test_a_train_step_runs_the_forward_kernel_once():
         return torch.autograd.grad(y.square().sum(), x)
 
     x = torch.empty(1, 2, 512, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    found = interop.aot_compile(step, (x,), "v5e:2x2")
+    found = interop.aot_compile(step, (x,), "v5e:2x2", mesh={"data": 1})
     assert len(found.kernels) == 3 and set(found.kernels.values()) == {1}  # forward, dq, dk and dv
+    pairs = 512 * 513 // 2  # of a query and a key that it sees: two products forward, three for dq, four for dk and dv
+    assert pairs * 2 * 2 * 64 * 9 <= found.flops < 1.1 * pairs * 2 * 2 * 64 * 9
 
 
 @pytest.mark.tpu_aot

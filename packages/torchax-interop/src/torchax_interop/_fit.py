@@ -126,7 +126,7 @@ def measured(
         alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
-        flops=float(cost.get("flops", 0.0)),
+        flops=float(cost.get("flops", 0.0)) + flops_of_kernels(text),
         bytes_accessed=float(cost.get("bytes accessed", 0.0)),
         collectives=collectives_of(text),
         kernels=kernels_of(text),
@@ -204,6 +204,9 @@ _COLLECTIVE = re.compile(
 )
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _SHAPE = re.compile(r"\b(?P<dtype>pred|[a-z]+(?P<bits>\d+)\w*)\[(?P<shape>[\d,]*)\]")
+_DECLARED = re.compile(
+    r"custom_call_target=\"tpu_custom_call\"(?:(?!backend_config=)[\s\S])*?\btorchax_flops=\"(?P<flops>\d+)\""
+)
 _KERNEL = re.compile(r"%(?P<name>[\w.-]+) = .*custom_call_target=\"tpu_custom_call\"")
 
 
@@ -232,6 +235,11 @@ def collectives_of(text: str) -> tuple[Collective, ...]:
 def _bytes_of(shape: re.Match[str]) -> int:
     elements = math.prod(int(n) for n in shape["shape"].split(",") if n)
     return elements if shape["bits"] is None else elements * int(shape["bits"]) // 8
+
+
+def flops_of_kernels(text: str) -> int:
+    """Operations of the kernels that declare them beside the program, since they tell the compiler none."""
+    return sum(int(m["flops"]) for m in _DECLARED.finditer(text))
 
 
 def kernels_of(text: str) -> dict[str, int]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from .blocks import Blocks, attention_blocks, round_up
 from .dividing import over_batch_and_heads
@@ -78,16 +79,17 @@ def splash_attention(
     )
     # The kernel mixes bfloat16 and float32 operands, whose products must not follow the precision set for float32 ones.
     precision = jax.config.jax_default_matmul_precision if query.dtype == jnp.float32 else "default"  # pyright: ignore[reportAttributeAccessIssue]
-    call = _Call(visible, b, soft_cap, precision, interpret)
+    call = _Call(visible, _pairs(length, keys, causal, window), b, soft_cap, precision, interpret)
     query = (query * jnp.asarray(scale, jnp.float32).astype(query.dtype)) if scale != 1.0 else query
     out: Any = _attend(call, _pad(query, rows), _pad(key, columns), _pad(value, columns))
     return jax.lax.slice_in_dim(out, 0, length, axis=2)
 
 
 class _Call(NamedTuple):
-    """What is compiled in."""
+    """What is compiled in; `pairs` of queries and keys see each other."""
 
     visible: Any
+    pairs: int
     blocks: Blocks
     soft_cap: float | None
     precision: Any
@@ -114,12 +116,16 @@ class _Call(NamedTuple):
         )
 
 
-def _run(call: _Call, body: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], *operands: jax.Array) -> Any:
-    """`body`, of one batch, on the batches and heads that a device has."""
+def _run(
+    call: _Call, body: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], products: float, *operands: jax.Array
+) -> Any:
+    """`body`, of one batch, on the batches and heads that a device has; each kernel in it computes `products` products of matrices."""
 
-    def precise(*operands: jax.Array) -> Any:
-        with jax.default_matmul_precision(call.precision):
-            return jax.vmap(body)(*operands)
+    def precise(query: jax.Array, *rest: jax.Array) -> Any:
+        batches, heads, _, features = query.shape
+        flops = int(2 * products * features * batches * heads * call.pairs)
+        with jax.default_matmul_precision(call.precision), set_xla_metadata(torchax_flops=str(flops)):
+            return jax.vmap(body)(query, *rest)
 
     if not isinstance(call.interpret, bool):  # the TPU interpreter calls back in order, which a divided call cannot
         return precise(*operands)
@@ -131,7 +137,7 @@ def _forward(call: _Call, query: jax.Array, key: jax.Array, value: jax.Array) ->
         out, (lse,) = call.kernel(query.shape[0], save_residuals=True)(query, key, value)
         return out, lse
 
-    return _run(call, splash_forward, ("bhqd", "bgkd", "bgkv"), ("bhqv", "bhq"), query, key, value)
+    return _run(call, splash_forward, ("bhqd", "bgkd", "bgkv"), ("bhqv", "bhq"), 2, query, key, value)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -139,7 +145,7 @@ def _attend(call: _Call, query: jax.Array, key: jax.Array, value: jax.Array) -> 
     def splash_attention(query: Any, key: Any, value: Any) -> Any:
         return (call.kernel(query.shape[0])(query, key, value),)
 
-    return _run(call, splash_attention, ("bhqd", "bgkd", "bgkv"), ("bhqv",), query, key, value)[0]
+    return _run(call, splash_attention, ("bhqd", "bgkd", "bgkv"), ("bhqv",), 2, query, key, value)[0]
 
 
 def _attend_forward(call: _Call, query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
@@ -154,10 +160,20 @@ def _attend_backward(call: _Call, saved: Any, grad: jax.Array) -> Any:
         return splash._splash_attention_bwd(**kernel.kwargs, res=saved, do=grad)[3:6]
 
     inputs = ("bhqd", "bgkd", "bgkv", "bhqv", "bhq", "bhqv")
-    return _run(call, splash_backward, inputs, ("bhqd", "bgkd", "bgkv"), *saved, grad)
+    # dq takes three products, dk and dv take four
+    return _run(call, splash_backward, inputs, ("bhqd", "bgkd", "bgkv"), 3.5, *saved, grad)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _pairs(length: int, keys: int, causal: bool, window: int | None) -> int:
+    """How many pairs of a query and a key that it sees there are."""
+    if not causal:
+        return length * keys
+    rows = np.arange(length)
+    first = np.zeros_like(rows) if window is None else np.maximum(rows - window + 1, 0)
+    return int(np.maximum(np.minimum(rows + 1, keys) - first, 0).sum())
 
 
 def _pad(x: jax.Array, length: int) -> jax.Array:
