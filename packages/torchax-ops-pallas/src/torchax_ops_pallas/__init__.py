@@ -35,9 +35,10 @@ class PallasPlugin:
     @hookimpl
     def torchax_register_ops(self, registry: Any) -> None:
         """Add the lowerings that choose kernels."""
-        from . import lowerings, matmul_lowerings
+        from . import bands, lowerings, matmul_lowerings
 
         registry.collect(lowerings)
+        registry.collect(bands)
         registry.collect(matmul_lowerings)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 
 from .masked import masked_attention
-from .splash import splash_attention
+from .splash import Band, splash_attention
 
 
 def attention(
@@ -23,12 +24,18 @@ def attention(
     """Attention over ``[batch, heads, length, features]``: see `masked_attention` and `splash_attention`."""
 
     def attend(query, key, value, *mask):
-        options: dict[str, Any] = {"causal": causal, "scale": scale, "interpret": interpret}
         if mask:
-            return masked_attention(query, key, value, *mask, **options)
-        return splash_attention(query, key, value, **options)
+            return masked_attention(query, key, value, *mask, causal=causal, scale=scale, interpret=interpret)
+        return splash_attention(
+            query, key, value, band=Band(None, 0 if causal else None), scale=scale, interpret=interpret
+        )
 
     return _narrow(attend)(query, key, value, *(() if mask is None else (mask,)))
+
+
+def banded_attention(query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
+    """`splash_attention`, with its options."""
+    return _narrow(functools.partial(splash_attention, **options))(query, key, value)
 
 
 def _narrow(function: Any) -> Any:

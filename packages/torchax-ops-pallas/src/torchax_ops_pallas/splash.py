@@ -16,18 +16,32 @@ from .blocks import Blocks, attention_blocks, round_up
 from .dividing import over_batch_and_heads
 
 
-class _Visible(masks._ComputableMask):
-    """Which keys a query sees, computed in the kernel: those that exist, up to its own, not before its window."""
+class Band(NamedTuple):
+    """Query i sees key j if ``-right <= i - j <= left``; None is no bound. Causal attention is ``Band(None, 0)``."""
 
-    def __init__(self, shape: tuple[int, int], keys: int, causal: bool, window: int | None):
-        self.key = (shape, keys if keys < shape[1] else None, causal, window)
+    left: int | None = None
+    right: int | None = None
+
+    def pairs(self, length: int, keys: int) -> int:
+        """How many pairs of a query and a key that it sees there are."""
+        rows = np.arange(length)
+        first = np.zeros_like(rows) if self.left is None else np.maximum(rows - self.left, 0)
+        end = np.full_like(rows, keys) if self.right is None else np.minimum(rows + self.right + 1, keys)
+        return int(np.maximum(end - first, 0).sum())
+
+
+class _Visible(masks._ComputableMask):
+    """Which keys a query sees, computed in the kernel: those that exist, in the band."""
+
+    def __init__(self, shape: tuple[int, int], keys: int, band: Band):
+        self.key = (shape, keys if keys < shape[1] else None, band)
 
         def visible(rows: Any, columns: Any) -> Any:
             seen = columns < keys
-            if causal:
-                seen = seen & (columns <= rows)
-            if window is not None:
-                seen = seen & (rows - columns < window)
+            if band.right is not None:
+                seen = seen & (columns - rows <= band.right)
+            if band.left is not None:
+                seen = seen & (rows - columns <= band.left)
             return seen
 
         super().__init__(shape, visible)
@@ -44,9 +58,8 @@ def splash_attention(
     key: jax.Array,
     value: jax.Array,
     *,
-    causal: bool,
+    band: Band,
     scale: float,
-    window: int | None = None,
     soft_cap: float | None = None,
     blocks: Blocks | None = None,
     interpret: Any = False,
@@ -57,9 +70,8 @@ def splash_attention(
         query: ``[batch, heads, L, E]``.
         key: ``[batch, key heads, S, E]``; the number of key heads divides that of heads.
         value: ``[batch, key heads, S, V]``.
-        causal: whether query i sees the keys up to i alone.
+        band: which keys a query sees; at least one.
         scale: factor of the scores.
-        window: with `causal`, how many keys up to its own a query sees; None for all.
         soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)``; None leaves them.
         blocks: block sizes; None for those of the table.
         interpret: run as plain JAX operations (True), or in the TPU interpreter (its parameters).
@@ -73,13 +85,11 @@ def splash_attention(
     rows = round_up(length, int(np.lcm(b.queries, b.backward_queries)))
     columns = round_up(keys, int(np.lcm(b.keys, b.backward_keys)))
     visible = (
-        masks.FullMask((rows, columns))
-        if not causal and window is None and columns == keys
-        else _Visible((rows, columns), keys, causal, window)
+        masks.FullMask((rows, columns)) if band == Band() and columns == keys else _Visible((rows, columns), keys, band)
     )
     # The kernel mixes bfloat16 and float32 operands, whose products must not follow the precision set for float32 ones.
     precision = jax.config.jax_default_matmul_precision if query.dtype == jnp.float32 else "default"  # pyright: ignore[reportAttributeAccessIssue]
-    call = _Call(visible, _pairs(length, keys, causal, window), b, soft_cap, precision, interpret)
+    call = _Call(visible, band.pairs(length, keys), b, soft_cap, precision, interpret)
     query = (query * jnp.asarray(scale, jnp.float32).astype(query.dtype)) if scale != 1.0 else query
     out: Any = _attend(call, _pad(query, rows), _pad(key, columns), _pad(value, columns))
     return jax.lax.slice_in_dim(out, 0, length, axis=2)
@@ -165,15 +175,6 @@ def _attend_backward(call: _Call, saved: Any, grad: jax.Array) -> Any:
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _pairs(length: int, keys: int, causal: bool, window: int | None) -> int:
-    """How many pairs of a query and a key that it sees there are."""
-    if not causal:
-        return length * keys
-    rows = np.arange(length)
-    first = np.zeros_like(rows) if window is None else np.maximum(rows - window + 1, 0)
-    return int(np.maximum(np.minimum(rows + 1, keys) - first, 0).sum())
 
 
 def _pad(x: jax.Array, length: int) -> jax.Array:

@@ -1,0 +1,82 @@
+"""Attention in a band of keys with capped scores, the known forms of `flex_attention`: an operator and its lowerings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torchax.ops import lowering
+
+from .conditions import Condition, unfit
+from .lowerings import KernelUnavailable
+from .settings import mode
+
+# Kernels and torch's flex_attention are imported where they are used: they take long.
+_NAME = "torchax::band_attention"
+_library = torch.library.Library("torchax", "FRAGMENT")
+_library.define(
+    "band_attention(Tensor query, Tensor key, Tensor value, float scale, int? left=None, int? right=None, "
+    "float? soft_cap=None) -> Tensor"
+)
+
+
+@torch.library.impl(_library, "band_attention", "CompositeImplicitAutograd")
+def in_parts(query, key, value, scale, left=None, right=None, soft_cap=None):
+    """The meaning: query i sees key j if ``-right <= i - j <= left``; scores become ``soft_cap * tanh(scores / soft_cap)``."""
+    from torch._higher_order_ops.flex_attention import math_attention
+
+    def capped(score, batch, head, i, j):
+        return score if soft_cap is None else soft_cap * torch.tanh(score / soft_cap)
+
+    def seen(batch, head, i, j):
+        found = batch.new_ones((), dtype=torch.bool)
+        if right is not None:
+            found = found & (j - i <= right)
+        return found if left is None else found & (i - j <= left)
+
+    return math_attention(query, key, value, capped, (seen,), scale, {})[0]
+
+
+def _unfit(query: Any, key: Any, value: Any, scale: float, left=None, right=None, soft_cap=None) -> str | None:
+    """Why no kernel can serve the call, whatever the platform; None if one can."""
+    reason = unfit(query, key, value, scale=scale, enable_gqa=True)
+    if reason is not None:
+        return reason
+    queries, keys = query.shape[2], key.shape[2]
+    if (right is not None and right < 0) or (left is not None and queries - 1 - left > keys - 1):
+        return f"a query sees no key: {queries} queries, {keys} keys, {left} to the left and {right} to the right"
+    return None
+
+
+def _on_tpu(*args: Any, **kwargs: Any) -> str | None:
+    return "torchax.config.pallas is 'off'" if mode() == "off" else _unfit(*args, **kwargs)
+
+
+def _interpreted(*args: Any, **kwargs: Any) -> str | None:
+    return f"torchax.config.pallas is {mode()!r}, not 'interpret'" if mode() != "interpret" else _unfit(*args, **kwargs)
+
+
+def _required(*_args: Any, **_kwargs: Any) -> str | None:
+    return None if mode() == "required" else f"torchax.config.pallas is {mode()!r}, not 'required'"
+
+
+on_tpu = Condition("a kernel fits", _on_tpu)
+
+
+@lowering(_NAME, whole=True, platforms=("tpu",), when=on_tpu, priority=10)
+@lowering(_NAME, whole=True, when=Condition("kernels are interpreted and one fits", _interpreted), priority=9)
+def band_attention(query, key, value, scale, left=None, right=None, soft_cap=None):
+    """JAX's splash attention, which skips blocks of keys outside of the band."""
+    from .attention import banded_attention
+    from .splash import Band
+
+    options: dict[str, Any] = {"band": Band(left, right), "scale": scale, "soft_cap": soft_cap}
+    return banded_attention(query, key, value, **options, interpret=mode() == "interpret")
+
+
+@lowering(_NAME, whole=True, when=Condition("a kernel is required", _required), priority=8)
+def refuse_band_attention(query, key, value, scale, left=None, right=None, soft_cap=None):
+    """The error of ``torchax.config.pallas = "required"`` for calls that no kernel takes."""
+    reason = on_tpu.refusal(query, key, value, scale, left, right, soft_cap)
+    reason = reason or "the kernels are compiled for platform tpu alone; 'interpret' runs them on this one"
+    raise KernelUnavailable(f"torchax.config.pallas is 'required', but no kernel serves flex_attention here: {reason}")
