@@ -29,13 +29,15 @@ def _causal(b, h, q, k):
         (lambda b, h, q, k: (q - k).abs() < _W, _W - 1, _W - 1),
         (lambda b, h, q, k: torch.abs(k - q) <= _W, _W, _W),
         (lambda b, h, q, k: torch.logical_and(3 - q + k >= 0, q + 2 > k), 3, 1),
-        (lambda b, h, q, k: 5 >= q - k, 5, None),
+        (lambda b, h, q, k: 5 >= q - k, 5, None),  # noqa: SIM300
         (lambda b, h, q, k: -q <= 2 - k, None, 2),
     ],
 )
 def test_bands(mask, left, right):
     assert known_form(_identity, mask) == Form(1.0, None, left, right)
-    expected = torch.tensor([[bool(mask(torch.tensor(0), None, q, k)) for k in torch.arange(20)] for q in torch.arange(20)])
+    expected = torch.tensor(
+        [[bool(mask(torch.tensor(0), None, q, k)) for k in torch.arange(20)] for q in torch.arange(20)]
+    )
     distance = torch.arange(20)[:, None] - torch.arange(20)
     seen = torch.ones(20, 20, dtype=torch.bool)
     seen &= True if left is None else distance <= left

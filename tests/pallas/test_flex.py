@@ -109,9 +109,7 @@ def test_the_tpu_compiler_holds_no_scores(topology):
         return torch.autograd.grad(out.float().square().mean(), (query, key, value))
 
     heads = (8, 2, 2)
-    operands = [
-        torch.empty(1, n, length, 128, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in heads
-    ]
+    operands = [torch.empty(1, n, length, 128, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in heads]
     found = interop.aot_compile(step, tuple(operands), topology, mesh={"data": 1})
     assert sorted(found.kernels.values()) == [1, 1, 1] and all("splash" in name for name in found.kernels)
     assert found.temporary_bytes < 64 * 2**20  # 8 heads' scores of 8,192 tokens take 2 GiB
