@@ -43,7 +43,12 @@ def _unfit(query: Any, key: Any, value: Any, scale: float, left=None, right=None
     if reason is not None:
         return reason
     queries, keys = query.shape[2], key.shape[2]
-    if (right is not None and right < 0) or (left is not None and queries - 1 - left > keys - 1):
+    blind = (
+        (right is not None and right < 0)  # the first query
+        or (left is not None and queries - 1 - left > keys - 1)  # the last one
+        or (left is not None and right is not None and left + right < 0)  # all
+    )
+    if blind:
         return f"a query sees no key: {queries} queries, {keys} keys, {left} to the left and {right} to the right"
     return None
 
