@@ -194,10 +194,8 @@ class FunctionalRule:
                 raise torchs_error(func, args, kwargs, error) from error
         if entry is not None and entry.column_major:
             metas = column_major(metas, entry.column_major)
-        wide = (
-            (entry is None and self.element is None)  # a decomposition may count in 64 bits inside
-            or any(type(o) is not Tensor or o._m.wide for o in operands)
-            or any(type(m) is TensorMeta and m.wide for m in tree_flatten(metas)[0])
+        wide = any(type(o) is not Tensor or o._m.wide for o in operands) or any(
+            type(m) is TensorMeta and m.wide for m in tree_flatten(metas)[0]
         )
         checks: list[Check] = []
         program = (

@@ -158,7 +158,7 @@ def paged_attention_kernel(query, key_pages, value_pages, lengths, page_indices,
     pages, size = page_indices.shape[1], key_pages.shape[2]
     at_once = max(n for n in range(1, pages + 1) if pages % n == 0 and (n == 1 or n * size <= _KEYS_AT_ONCE))
     with jax.enable_x64(False):  # its arithmetic of indices fails in the 64-bit mode
-        scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
+        scaled = query.astype(jnp.float32) * scale  # in float32 the kernel sums its result in float32, too
         call = lambda: kernel(
             scaled,
             key_pages,
@@ -169,9 +169,9 @@ def paged_attention_kernel(query, key_pages, value_pages, lengths, page_indices,
             pages_per_compute_block=at_once,
         )
         if mode() != "interpret":
-            return call()
+            return call().astype(query.dtype)
         with pltpu.force_tpu_interpret_mode():
-            return call()
+            return call().astype(query.dtype)
 
 
 @lowering(_NAME, when=Condition("a kernel is required", _required), priority=8)
