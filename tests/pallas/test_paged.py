@@ -15,6 +15,12 @@ from torchax_ops_pallas.lowerings import KernelUnavailable
 from torchax_ops_pallas.paged import paged_attention
 
 
+@pytest.fixture(autouse=True)
+def _nothing_divided(monkeypatch):
+    """Other tests of this process may have laid tensors out over devices, for which the kernel steps aside."""
+    monkeypatch.setattr(torchax._sharding.pins, "epoch", 0)
+
+
 def _operands(sequences=2, heads=4, key_heads=2, features=128, pages=10, size=16, of_each=4, dtype=torch.bfloat16):
     cache = (key_heads, pages, size, features)
     return (
@@ -100,6 +106,13 @@ def test_required_says_why_not():
             paged_attention(*narrow)
         with pytest.raises(KernelUnavailable, match="bfloat16"):
             paged_attention(*[t.float() if t.is_floating_point() else t for t in operands])
+
+
+def test_the_kernel_steps_aside_for_tensors_that_are_divided(monkeypatch):
+    monkeypatch.setattr(torchax._sharding.pins, "epoch", 1)  # as shard_module does
+    operands = [t.to("jax") for t in _operands()]
+    with torchax.config.override(pallas="required"), pytest.raises(KernelUnavailable, match="jax_shard_map"):
+        paged_attention(*operands)
 
 
 @pytest.mark.parametrize(
