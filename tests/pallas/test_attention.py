@@ -145,7 +145,7 @@ def test_which_calls_are_taken(shapes, options, words):
 def test_a_kernel_fits_also_where_tensors_are_divided(monkeypatch):
     x = jax.ShapeDtypeStruct((1, 2, 128, 64), jnp.float32)
     monkeypatch.setattr(torchax._sharding.pins, "epoch", 1)  # as shard_module does
-    assert conditions.on_tpu(x, x, x)
+    assert lowerings.choice.on_tpu(x, x, x)
 
 
 def test_the_interpreter_sees_an_index_map_that_leaves_the_array():

@@ -13,7 +13,7 @@ pytest.importorskip("torchax_ops_pallas")
 from torchax_ops_pallas import reference
 from torchax_ops_pallas.grouped import grouped_matmul, grouped_outer
 from torchax_ops_pallas.lowerings import KernelUnavailable
-from torchax_ops_pallas.matmul_lowerings import on_tpu
+from torchax_ops_pallas.matmul_lowerings import choice
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +101,6 @@ def test_grouped_mm_splits_columns_of_bfloat16():
 def test_no_kernel_for_groups_where_xla_would_have_to_divide_it(monkeypatch):
     x, w = jax.ShapeDtypeStruct((3, 16), jnp.float32), jax.ShapeDtypeStruct((3, 16, 16), jnp.float32)
     offs = jax.ShapeDtypeStruct((3,), jnp.int32)
-    assert on_tpu(x, w, offs)
+    assert choice.on_tpu(x, w, offs)
     monkeypatch.setattr(torchax._sharding.pins, "epoch", 1)  # as shard_module does
-    assert "jax_shard_map" in (on_tpu.refusal(x, w, offs) or "")
+    assert "jax_shard_map" in (choice.on_tpu.refusal(x, w, offs) or "")

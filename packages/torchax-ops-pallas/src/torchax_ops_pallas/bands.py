@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torchax.ops import lowering
 
-from .conditions import Condition, unfit
-from .lowerings import KernelUnavailable
+from .conditions import Choice, unfit
 from .settings import mode
 
 # Kernels and torch's flex_attention are imported where they are used: they take long.
@@ -53,23 +52,11 @@ def _unfit(query: Any, key: Any, value: Any, scale: float, left=None, right=None
     return None
 
 
-def _on_tpu(*args: Any, **kwargs: Any) -> str | None:
-    return "torchax.config.pallas is 'off'" if mode() == "off" else _unfit(*args, **kwargs)
+choice = Choice("flex_attention", _unfit)
 
 
-def _interpreted(*args: Any, **kwargs: Any) -> str | None:
-    return f"torchax.config.pallas is {mode()!r}, not 'interpret'" if mode() != "interpret" else _unfit(*args, **kwargs)
-
-
-def _required(*_args: Any, **_kwargs: Any) -> str | None:
-    return None if mode() == "required" else f"torchax.config.pallas is {mode()!r}, not 'required'"
-
-
-on_tpu = Condition("a kernel fits", _on_tpu)
-
-
-@lowering(_NAME, whole=True, platforms=("tpu",), when=on_tpu, priority=10)
-@lowering(_NAME, whole=True, when=Condition("kernels are interpreted and one fits", _interpreted), priority=9)
+@lowering(_NAME, whole=True, platforms=("tpu",), when=choice.on_tpu, priority=10)
+@lowering(_NAME, whole=True, when=choice.interpreted, priority=9)
 def band_attention(query, key, value, scale, left=None, right=None, soft_cap=None):
     """JAX's splash attention, which skips blocks of keys outside of the band."""
     from .attention import banded_attention
@@ -79,9 +66,7 @@ def band_attention(query, key, value, scale, left=None, right=None, soft_cap=Non
     return banded_attention(query, key, value, **options, interpret=mode() == "interpret")
 
 
-@lowering(_NAME, whole=True, when=Condition("a kernel is required", _required), priority=8)
+@lowering(_NAME, whole=True, when=choice.required, priority=8)
 def refuse_band_attention(query, key, value, scale, left=None, right=None, soft_cap=None):
     """The error of ``torchax.config.pallas = "required"`` for calls that no kernel takes."""
-    reason = on_tpu.refusal(query, key, value, scale, left, right, soft_cap)
-    reason = reason or "the kernels are compiled for platform tpu alone; 'interpret' runs them on this one"
-    raise KernelUnavailable(f"torchax.config.pallas is 'required', but no kernel serves flex_attention here: {reason}")
+    raise choice.unavailable(query, key, value, scale, left, right, soft_cap)

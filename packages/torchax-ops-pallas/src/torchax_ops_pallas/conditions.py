@@ -1,4 +1,4 @@
-"""Which calls of `scaled_dot_product_attention` a kernel takes, each condition with words for a no."""
+"""Which calls a kernel takes: what the setting says, and the shapes and dtypes of attention, each condition with words for a no."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from torchax.errors import TorchaxError
+from torchax.ops import divided
 
 from .settings import mode
 
@@ -77,6 +79,10 @@ def _about_mask(mask: Any, query: Any, key: Any) -> str:
     )
 
 
+class KernelUnavailable(TorchaxError, RuntimeError):
+    """``torchax.config.pallas`` is ``"required"``, and no kernel serves the call; says which condition failed."""
+
+
 class Condition:
     """A predicate of lowerings that can say why not."""
 
@@ -87,22 +93,53 @@ class Condition:
         return self.refusal(*args, **kwargs) is None
 
 
-def _on_tpu(*args: Any, **kwargs: Any) -> str | None:
-    if mode() == "off":
-        return "torchax.config.pallas is 'off'"
-    return unfit(*args, **kwargs)
+class Choice:
+    """When kernels serve an operator, by ``torchax.config.pallas``: the conditions of its lowerings.
+
+    Args:
+        name: the operator, for messages.
+        unfit: why no kernel can serve a call, whatever the platform; None if one can.
+        kernel: what fits, in words.
+        one: the same, where kernels have been spoken of.
+        divisible: XLA may divide the kernel over devices.
+
+    Attributes:
+        on_tpu: of the lowering for TPUs.
+        interpreted: of the one that runs on this machine.
+        required: of the one that raises `unavailable`, which has the lowest priority.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        unfit: Callable[..., str | None],
+        kernel: str = "a kernel",
+        one: str = "one",
+        divisible: bool = True,
+    ):
+        self._name, self._unfit, self._divisible = name, unfit, divisible
+        self.on_tpu = Condition(f"{kernel} fits", self._on_tpu)
+        self.interpreted = Condition(f"kernels are interpreted and {one} fits", self._interpreted)
+        self.required = Condition("a kernel is required", lambda *_args, **_kwargs: _not("required"))
+
+    def _on_tpu(self, *args: Any, **kwargs: Any) -> str | None:
+        if mode() == "off":
+            return "torchax.config.pallas is 'off'"
+        if not self._divisible and divided():
+            return "tensors are divided over devices, and XLA cannot divide a kernel: call it in torchax.interop.jax_shard_map"
+        return self._unfit(*args, **kwargs)
+
+    def _interpreted(self, *args: Any, **kwargs: Any) -> str | None:
+        return _not("interpret") or self._unfit(*args, **kwargs)
+
+    def unavailable(self, *args: Any, **kwargs: Any) -> KernelUnavailable:
+        """The error of ``"required"`` for a call that no kernel takes."""
+        reason = self.on_tpu.refusal(*args, **kwargs)
+        reason = reason or "the kernels are compiled for platform tpu alone; 'interpret' runs them on this one"
+        return KernelUnavailable(
+            f"torchax.config.pallas is 'required', but no kernel serves {self._name} here: {reason}"
+        )
 
 
-def _interpreted(*args: Any, **kwargs: Any) -> str | None:
-    if mode() != "interpret":
-        return f"torchax.config.pallas is {mode()!r}, not 'interpret'"
-    return unfit(*args, **kwargs)
-
-
-def _refused(*_args: Any, **_kwargs: Any) -> str | None:
-    return None if mode() == "required" else f"torchax.config.pallas is {mode()!r}, not 'required'"
-
-
-on_tpu = Condition("a kernel fits", _on_tpu)
-interpreted = Condition("kernels are interpreted and one fits", _interpreted)
-required = Condition("a kernel is required", _refused)
+def _not(wanted: str) -> str | None:
+    return None if mode() == wanted else f"torchax.config.pallas is {mode()!r}, not {wanted!r}"

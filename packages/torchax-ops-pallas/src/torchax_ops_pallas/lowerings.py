@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchax.errors import TorchaxError
 from torchax.ops import aten, lowering
 
-from . import conditions
+from .conditions import Choice, KernelUnavailable, unfit
 from .settings import mode
 
 # The kernels are imported where they are used: Pallas takes longer to import than all of torchax.
 _SDPA = aten.scaled_dot_product_attention.default
-
-
-class KernelUnavailable(TorchaxError, RuntimeError):
-    """``torchax.config.pallas`` is ``"required"``, and no kernel serves the call; says which condition failed."""
+choice = Choice("scaled_dot_product_attention", unfit)
 
 
 def _scale(query: Any, scale: float | None) -> float:
     return float(query.shape[-1] ** -0.5 if scale is None else scale)
 
 
-@lowering(_SDPA, whole=True, platforms=("tpu",), when=conditions.on_tpu, priority=10)
-@lowering(_SDPA, whole=True, when=conditions.interpreted, priority=9)
+@lowering(_SDPA, whole=True, platforms=("tpu",), when=choice.on_tpu, priority=10)
+@lowering(_SDPA, whole=True, when=choice.interpreted, priority=9)
 def flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
     """Attention in kernels that never hold the scores: JAX's splash attention, our own where there is a mask tensor."""
     from .attention import attention
@@ -32,14 +28,13 @@ def flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
     return attention(query, key, value, attn_mask, causal=is_causal, scale=_scale(query, scale), interpret=interpret)
 
 
-@lowering(_SDPA, whole=True, when=conditions.required, priority=8)
+@lowering(_SDPA, whole=True, when=choice.required, priority=8)
 def refuse_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
 ):
     """The error of ``torchax.config.pallas = "required"`` for calls that no kernel takes."""
     call = (query, key, value, attn_mask, dropout_p, is_causal)
-    reason = conditions.on_tpu.refusal(*call, scale=scale, enable_gqa=enable_gqa)
-    reason = reason or "the kernels are compiled for platform tpu alone; 'interpret' runs them on this one"
-    raise KernelUnavailable(
-        f"torchax.config.pallas is 'required', but no kernel serves scaled_dot_product_attention here: {reason}"
-    )
+    raise choice.unavailable(*call, scale=scale, enable_gqa=enable_gqa)
+
+
+__all__ = ["KernelUnavailable"]

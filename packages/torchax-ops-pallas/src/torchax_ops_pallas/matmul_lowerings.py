@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchax.ops import aten, divided, lowering
+from torchax.ops import aten, lowering
 
-from .conditions import DTYPES, Condition
+from .conditions import DTYPES, Choice
 from .settings import mode
 
 # The kernels are imported where they are used: Pallas takes longer to import than all of torchax.
@@ -34,28 +34,11 @@ def _unfit(x: Any, mat2: Any, offs: Any = None, bias: Any = None, out_dtype: Any
     return next((words() for holds, words in conditions if not holds), None)
 
 
-def _on_tpu(*args: Any, **kwargs: Any) -> str | None:
-    if mode() == "off":
-        return "torchax.config.pallas is 'off'"
-    if divided():
-        return (
-            "tensors are divided over devices, and XLA cannot divide a kernel: call it in torchax.interop.jax_shard_map"
-        )
-    return _unfit(*args, **kwargs)
+choice = Choice("_grouped_mm", _unfit, "a kernel for groups", "one for groups", divisible=False)
 
 
-def _interpreted(*args: Any, **kwargs: Any) -> str | None:
-    if mode() != "interpret":
-        return f"torchax.config.pallas is {mode()!r}, not 'interpret'"
-    return _unfit(*args, **kwargs)
-
-
-on_tpu = Condition("a kernel for groups fits", _on_tpu)
-interpreted = Condition("kernels are interpreted and one for groups fits", _interpreted)
-
-
-@lowering(_GROUPED, platforms=("tpu",), when=on_tpu, priority=10, meta=False)
-@lowering(_GROUPED, when=interpreted, priority=9, meta=False)
+@lowering(_GROUPED, platforms=("tpu",), when=choice.on_tpu, priority=10, meta=False)
+@lowering(_GROUPED, when=choice.interpreted, priority=9, meta=False)
 def grouped_mm(x, mat2, offs=None, bias=None, out_dtype=None):
     """A product for each group of rows: XLA's kernel, and JAX's megablox for gradients."""
     from .grouped import grouped_matmul, grouped_outer
@@ -65,17 +48,7 @@ def grouped_mm(x, mat2, offs=None, bias=None, out_dtype=None):
     return grouped_outer(x.T, mat2, offs, mode() == "interpret")
 
 
-_required = Condition(
-    "a kernel is required",
-    lambda *_args, **_kwargs: None if mode() == "required" else f"torchax.config.pallas is {mode()!r}, not 'required'",
-)
-
-
-@lowering(_GROUPED, when=_required, priority=8, meta=False)
+@lowering(_GROUPED, when=choice.required, priority=8, meta=False)
 def refuse_grouped_mm(x, mat2, offs=None, bias=None, out_dtype=None):
     """The error of ``torchax.config.pallas = "required"`` for calls that no kernel takes."""
-    from .lowerings import KernelUnavailable
-
-    reason = on_tpu.refusal(x, mat2, offs, bias, out_dtype)
-    reason = reason or "the kernels are compiled for platform tpu alone; 'interpret' runs them on this one"
-    raise KernelUnavailable(f"torchax.config.pallas is 'required', but no kernel serves _grouped_mm here: {reason}")
+    raise choice.unavailable(x, mat2, offs, bias, out_dtype)

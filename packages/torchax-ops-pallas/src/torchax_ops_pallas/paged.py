@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
-from torchax.ops import divided, lowering
+from torchax.ops import lowering
 
-from .conditions import Condition
-from .lowerings import KernelUnavailable
+from .conditions import Choice
 from .settings import mode
 
 # Kernels are imported where they are used: Pallas takes longer to import than all of torchax.
@@ -129,27 +128,11 @@ def _unfit(query: Any, key_pages: Any, value_pages: Any, lengths: Any, page_indi
     return next((words() for holds, words in conditions if not holds), None)
 
 
-def _on_tpu(*args: Any, **kwargs: Any) -> str | None:
-    if mode() == "off":
-        return "torchax.config.pallas is 'off'"
-    if divided():
-        return "tensors are divided over devices: call it in torchax.interop.jax_shard_map"
-    return _unfit(*args, **kwargs)
+choice = Choice("paged_attention", _unfit, "the kernel", "this one", divisible=False)
 
 
-def _interpreted(*args: Any, **kwargs: Any) -> str | None:
-    return f"torchax.config.pallas is {mode()!r}, not 'interpret'" if mode() != "interpret" else _unfit(*args, **kwargs)
-
-
-def _required(*_args: Any, **_kwargs: Any) -> str | None:
-    return None if mode() == "required" else f"torchax.config.pallas is {mode()!r}, not 'required'"
-
-
-on_tpu = Condition("the kernel fits", _on_tpu)
-
-
-@lowering(_NAME, platforms=("tpu",), when=on_tpu, priority=10)
-@lowering(_NAME, when=Condition("kernels are interpreted and this one fits", _interpreted), priority=9)
+@lowering(_NAME, platforms=("tpu",), when=choice.on_tpu, priority=10)
+@lowering(_NAME, when=choice.interpreted, priority=9)
 def paged_attention_kernel(query, key_pages, value_pages, lengths, page_indices, scale, soft_cap=None):
     """JAX's kernel: each block of pages is copied into the vector memory while the one before is computed."""
     from jax.experimental.pallas import tpu as pltpu
@@ -174,12 +157,10 @@ def paged_attention_kernel(query, key_pages, value_pages, lengths, page_indices,
             return call().astype(query.dtype)
 
 
-@lowering(_NAME, when=Condition("a kernel is required", _required), priority=8)
+@lowering(_NAME, when=choice.required, priority=8)
 def refuse_paged_attention(query, key_pages, value_pages, lengths, page_indices, scale, soft_cap=None):
     """The error of ``torchax.config.pallas = "required"`` for calls that no kernel takes."""
-    reason = on_tpu.refusal(query, key_pages, value_pages, lengths, page_indices)
-    reason = reason or "the kernels are compiled for platform tpu alone; 'interpret' runs them on this one"
-    raise KernelUnavailable(f"torchax.config.pallas is 'required', but no kernel serves paged_attention here: {reason}")
+    raise choice.unavailable(query, key_pages, value_pages, lengths, page_indices)
 
 
 __all__ = ["paged_attention"]
