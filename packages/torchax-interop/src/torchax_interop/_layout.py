@@ -25,9 +25,7 @@ def output_layout(program: Program, recorder: Recorder) -> list[Any]:
     """
     given = [g.value(recorder.leaves) for g in program.groups if g.kind != "cpu"]
     program.sources = [s for s in program.storages if is_source(s)]
-    state = [
-        s.value for s in program.storages if s.geometry is not _random._META
-    ]  # random states come to where the rest is
+    state = [s.value for s in program.storages if not is_source(s)]  # random states come to where the rest is
     program.mesh = mesh_of([*state, *program.constants, *given])
     if program.mesh is not None:
         for storage in program.written:

@@ -71,18 +71,12 @@ def _has_kernel(*call: Any) -> bool:
 
 
 def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    score_mod: Callable[..., torch.Tensor],
-    block_mask: tuple[Any, ...],
-    scale: float,
-    kernel_options: dict[str, Any],
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     strangers = [t.device for t in (query, key, value) if type(t) is not Tensor and not _wrapped(t)]
     if strangers:
         raise RuntimeError(f"flex_attention takes query, key and value on one device; got one on {strangers[0]}")
-    return math_attention(query, key, value, score_mod, block_mask, scale, kernel_options)
+    return math_attention(query, key, value, *rest)
 
 
 def _wrapped(t: torch.Tensor) -> bool:
