@@ -11,6 +11,7 @@ from torchax._sharding import pins
 from torchax._storage import Storage
 from torchax.tensor import Tensor
 
+from ._plain import ModuleFacts
 from ._reach import Places
 from ._recording import Recording
 
@@ -18,6 +19,7 @@ _storage_of = operator.attrgetter("_s")
 _training_of = operator.itemgetter("training")
 _requires_grad_of = operator.attrgetter("requires_grad")
 _grad_of = operator.attrgetter("grad")
+GRADIENT = "a parameter has a gradient now"
 plain_attributes = torch._C.DisableTorchFunctionSubclass  # within, torch's attributes are read twice as fast
 
 
@@ -27,13 +29,18 @@ class Guards:
     Args:
         recording: the call that was recorded, still open.
         grads: parameter (by id) -> (parameter, gradient before the call), of those whose gradients matter.
+        places: where the function finds what it depends on.
     """
 
-    def __init__(self, recording: Recording, grads: dict[int, tuple[torch.Tensor, Any]]):
-        modules = [m for m, _, _ in recording.modules.values()]
+    def __init__(self, recording: Recording, grads: dict[int, tuple[torch.Tensor, Any]], places: Places):
+        noted = list(recording.modules.values())
+        modules = [m.module for m in noted]
         self.modules = [m.__dict__ for m in modules]
-        self.training = [flag for _, flag, _ in recording.modules.values()]
+        self.training = [m.training for m in noted]
         self.tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
+        known = set(map(id, modules))
+        for m in {id(c): c for root in (*modules, *places.modules) for c in root.modules()}.values():
+            self.tables += [table for table in (m._modules, m._parameters if id(m) not in known else None) if table]
         self.sizes = list(map(len, self.tables))
         self.members = [t for table in self.tables for t in table.values()]
         self.tensors = list(recording.tensors.values())
@@ -42,6 +49,8 @@ class Guards:
         self.requires_grad = [t.requires_grad for t in self.differentiated]
         self.settings = recording.settings
         self.optimizers = list(recording.optimizers.values())
+        self.parameters = [x for _, _, groups in self.optimizers for x in (groups, *(g["params"] for g in groups))]
+        self.lengths = list(map(len, self.parameters))
         # a gradient that was replaced unread does not matter
         self.without_grad = [t for t, g in grads.values() if g is None]
         captured = recording.captured
@@ -49,7 +58,8 @@ class Guards:
         self.with_grad, self.exact_grads = [t for t, _ in exact], [g for _, g in exact]
         self.captured: frozenset[Storage] = frozenset(captured)
         self.replaced: dict[int, Storage] = {}
-        self.places: Places | None = None
+        self.places = places
+        self.facts = ModuleFacts([(m.module, m.attributes) for m in noted], self.tensors)
         self.pinned: list[tuple[Storage, Any]] = []
         self.epoch = pins.epoch
 
@@ -69,19 +79,21 @@ class Guards:
             if list(map(_requires_grad_of, self.differentiated)) != self.requires_grad:
                 return "requires_grad of a parameter was changed"
             if not all(map(operator.is_, map(_grad_of, self.without_grad), itertools.repeat(None))):
-                return "a parameter has a gradient now"
+                return GRADIENT
             if not all(map(operator.is_, map(_grad_of, self.with_grad), self.exact_grads)):
                 return "the gradient of a parameter was replaced"
         if list(map(_training_of, self.modules)) != self.training:
             return "a module was switched between training and evaluation"
         now = itertools.chain.from_iterable(map(dict.values, self.tables))
         if list(map(len, self.tables)) != self.sizes or not all(map(operator.is_, now, self.members)):
-            return "a parameter or buffer of a module was replaced"
-        if self.places is not None and (lost := self.places.lost()):
+            return "a parameter, buffer or submodule of a module was replaced"
+        if (lost := self.places.lost()) or (lost := self.facts.failure()):
             return lost
         for optimizer, state, groups in self.optimizers:
             if optimizer.state is not state or optimizer.param_groups is not groups:
                 return "the state of an optimizer was replaced"
+        if list(map(len, self.parameters)) != self.lengths:
+            return "an optimizer has more parameters, or fewer, than before"
         for group, name, value in self.settings:
             if group.get(name) != value:
                 return f"{name!r} of an optimizer was changed"

@@ -38,6 +38,7 @@ class Program:
 
     Attributes:
         guards: when it may be used.
+        changed_numbers: names of Python numbers that the call has changed.
         settled: the call left nothing new behind but gradients, so that the next one will look the same.
         tensors: parameters that it uses.
         mesh: the devices that it runs on, where they are several.
@@ -70,9 +71,10 @@ class Program:
         relevant = {id(t) for t, _ in self.set_grads} | {
             key for key, (_, g) in recorder.grads.items() if type(g) is Tensor and g._s in recording.captured
         }
-        self.guards = Guards(recording, {k: v for k, v in recorder.grads.items() if k in relevant})
         recorder.places.only(lambda t: type(t) is Tensor and t._s in recording.captured)
-        self.guards.places = recorder.places
+        self.changed_numbers = recorder.places.plain.settle()
+        grads = {k: v for k, v in recorder.grads.items() if k in relevant}
+        self.guards = Guards(recording, grads, recorder.places)
         self.guards.replaced = {
             i: recorder.leaves[i]._s
             for g in self.groups

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ._plain import PlainValues, names_of, words_of
+
 _LIMIT = 10_000
 
 
@@ -57,7 +59,7 @@ def reachable_owners(fn: Any) -> tuple[list[torch.nn.Module], list[torch.optim.O
 def _parts(x: Any) -> Any:
     if isinstance(x, types.FunctionType):
         cells = [c.cell_contents for c in x.__closure__ or () if _filled(c)]
-        names = [x.__globals__[n] for n in x.__code__.co_names if n in x.__globals__]
+        names = [x.__globals__[n] for n in names_of(x.__code__) if n in x.__globals__]
         return (
             [*cells, *(v for v in names if not isinstance(v, (types.ModuleType, type))), *(x.__defaults__ or ())]
             if _users(x)
@@ -99,9 +101,10 @@ def _users(x: Any) -> bool:
 
 
 class Places:
-    """Where a function finds tensors and modules: variables that it closes over, globals that it names, attributes, lists.
+    """Where a function finds what it depends on: variables that it closes over, globals that it names, attributes, lists.
 
-    Made before a recording, with what is there; `hold` then says whether it is there still.
+    Made before a recording, with what is there; `lost` then says whether it is there still. Tensors, modules and optimizers
+    are told apart by identity; numbers, strings and the like, where the code names them, by value.
 
     Args:
         fn: the function.
@@ -111,28 +114,57 @@ class Places:
         self.cells: list[tuple[Any, Any]] = []
         self.entries: list[tuple[dict[Any, Any], Any, Any]] = []
         self.lists: list[tuple[list[Any], list[Any]]] = []
+        self.modules: list[torch.nn.Module] = []
+        self.plain = PlainValues()
+        names: set[Any] = set()
+        tables: list[dict[Any, Any]] = []
+        methods: list[types.FunctionType] = []
         queue: list[tuple[Any, int]] = [(fn, 0)]
         seen: set[int] = set()
         while queue and len(seen) < _LIMIT:
             x, depth = queue.pop()
+            if isinstance(x, torch.nn.Module) and id(x) not in seen:
+                self.modules.append(x)
             if id(x) in seen or depth > 6 or isinstance(x, (torch.Tensor, torch.nn.Module, torch.optim.Optimizer)):
                 continue
             seen.add(id(x))
             self._note(x)
+            if isinstance(x, types.FunctionType):
+                names |= words_of(x.__code__)
+                self.plain.note_variables(x, _users(x))
+            elif isinstance(x, dict):
+                tables.append(x)
+            elif _is_object(x):
+                tables.append(vars(x))
+                methods += [f for c in type(x).__mro__ for f in vars(c).values() if isinstance(f, types.FunctionType)]
             queue.extend((y, depth + 1) for y in _parts(x))
+        self._note_attributes(names, tables, methods)
+
+    def _note_attributes(
+        self, names: set[Any], tables: list[dict[Any, Any]], methods: list[types.FunctionType]
+    ) -> None:
+        """Plain values in objects and dicts, under names that the code of the function, and of methods named there, has."""
+        called: set[types.FunctionType] = set()
+        while more := {f for f in methods if f.__name__ in names} - called:
+            called |= more
+            for f in more:
+                names |= words_of(f.__code__)
+                self.plain.note_variables(f, _users(f))
+        for table in tables:
+            self.plain.note_entries(table, names.intersection(table))
 
     def _note(self, x: Any) -> None:
         if isinstance(x, types.FunctionType):
             self.cells += [(c, c.cell_contents) for c in x.__closure__ or () if _filled(c) and _holds(c.cell_contents)]
             if _users(x):
                 named = x.__globals__
-                self.entries += [(named, n, named[n]) for n in x.__code__.co_names if _holds(named.get(n))]
+                self.entries += [(named, n, named[n]) for n in names_of(x.__code__) if _holds(named.get(n))]
         elif isinstance(x, list):
             if any(map(_holds, x)):
                 self.lists.append((x, list(x)))
         elif isinstance(x, dict):
             self.entries += [(x, k, v) for k, v in x.items() if _holds(v)]
-        elif hasattr(x, "__dict__") and not isinstance(x, (type, types.ModuleType)) and _users(x):
+        elif _is_object(x):
             self.entries += [(vars(x), k, v) for k, v in vars(x).items() if _holds(v)]
 
     def only(self, used: Any) -> None:
@@ -153,7 +185,11 @@ class Places:
         for found, values in self.lists:
             if len(found) != len(values) or not all(map(operator.is_, found, values)):
                 return "a list of tensors that the function uses has changed"
-        return None
+        return self.plain.lost()
+
+
+def _is_object(x: Any) -> bool:
+    return hasattr(x, "__dict__") and not isinstance(x, (type, types.ModuleType, types.FunctionType)) and _users(x)
 
 
 def _holds(x: Any) -> bool:

@@ -78,6 +78,7 @@ class Recorder:
         self.groups = group_leaves(leaves)
         self.recording = Recording()
         self.places = Places(fn)
+        self.places.plain.remember()
         self.grads: dict[int, tuple[torch.Tensor, Any]] = {
             id(t): (t, t.grad) for t in reachable_tensors(fn, leaves, known)
         }
@@ -111,8 +112,9 @@ class Recorder:
         recording = self.recording
         for undo in reversed(recording.undo):
             undo()
-        for module, _, buffers in recording.modules.values():
-            for name, old in buffers.items():
+        for noted in recording.modules.values():
+            module = noted.module
+            for name, old in noted.buffers.items():
                 new = module._buffers.get(name)
                 if type(new) is Tensor and new._s.owner is recording:
                     module._buffers[name] = old
@@ -188,8 +190,9 @@ class Recorder:
     def _keep_buffers(self) -> None:
         """``module.buffer = new value`` counts as a write into the buffer, so that the next call reads it."""
         recording = self.recording
-        for module, _, buffers in recording.modules.values():
-            for name, old in buffers.items():
+        for noted in recording.modules.values():
+            module = noted.module
+            for name, old in noted.buffers.items():
                 new = module._buffers.get(name)
                 if new is old or type(new) is not Tensor or type(old) is not Tensor or new._m is not old._m:
                     continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -22,11 +22,22 @@ from torchax._execute.traced import Traced
 from torchax._storage import Storage
 from torchax.tensor import Tensor
 
+from ._plain import attributes_of
+
 _STEP = np.array([0, 0, 1], np.uint32)
 
 
 class NotDifferentiable(RuntimeError):
     """A gradient was asked for that does not exist."""
+
+
+class Noted(NamedTuple):
+    """A module that was called, with its training flag, buffers and attributes (see `attributes_of`) before the call."""
+
+    module: torch.nn.Module
+    training: bool
+    buffers: dict[str, Any]
+    attributes: dict[str, Any]
 
 
 class Recording(Traced):
@@ -36,7 +47,7 @@ class Recording(Traced):
         given: storages of arguments -> the storages that stand for them inside.
         given_read: those of them that the function also reached by itself.
         tensors: tensors from outside that were read (by id).
-        modules: modules that were called, with their training flags and buffers at that time (by id).
+        modules: modules that were called, as they were at that time (by id).
         settings: settings of optimizers that the program depends on: (dict, name, value).
         numbers: settings that are inputs: (dict, name, storage).
         undo: called, last first, when the function raises.
@@ -48,7 +59,7 @@ class Recording(Traced):
         self.given: dict[Storage, Storage] = {}
         self.given_read: set[Storage] = set()
         self.tensors: dict[int, Tensor] = {}
-        self.modules: dict[int, tuple[torch.nn.Module, bool, dict[str, Any]]] = {}
+        self.modules: dict[int, Noted] = {}
         self.settings: list[tuple[dict[str, Any], str, Any]] = []
         self.numbers: list[tuple[dict[str, Any], str, Storage]] = []
         self.optimizers: dict[int, tuple[Any, Any, Any]] = {}
@@ -122,10 +133,11 @@ def noting_modules(recording: Recording) -> Iterator[None]:
 
     def note(module: torch.nn.Module, args: Any) -> None:
         if id(module) not in recording.modules and _current() is recording:
-            recording.modules[id(module)] = (
+            recording.modules[id(module)] = Noted(
                 module,
                 module.training,
                 {k: b for k, b in module._buffers.items() if type(b) is Tensor and b._s.owner is None},
+                attributes_of(module),
             )
 
     handle = register_module_forward_pre_hook(note)

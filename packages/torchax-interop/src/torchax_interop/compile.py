@@ -20,13 +20,20 @@ from torchax.tensor import Tensor
 from ._buckets import Buckets
 from ._enter import under_jax
 from ._groups import Options
+from ._guards import GRADIENT
 from ._keys import Key, differences, key_of_call
+from ._plain import NUMBER
 from ._program import Program, assemble
 from ._recorder import record
 from ._tree import broadcast_prefix, flatten
 
 _LIMIT = 16  # programs kept for one signature; the world around changes more often than that: the oldest goes
 _REASONS = 100  # that `cache_info` remembers
+_OFTEN = 7  # recordings because of Python numbers, without a word about it
+_COUNTER = (
+    "{} changes {!r}, a Python number. That happens while it is recorded only: calls of the compiled program leave the number as "
+    "it is. Count outside of it, or in a tensor on device jax"
+)
 
 
 class CacheInfo(NamedTuple):
@@ -67,6 +74,7 @@ class Compiled:
         self._known: dict[int, Tensor] = {}
         self._lock = threading.RLock()
         self._hits = self._misses = 0
+        self._warned_of_numbers = False
         if hasattr(fn, "__name__"):
             functools.update_wrapper(self, fn)
 
@@ -109,6 +117,9 @@ class Compiled:
             )
             self._known.update((id(t), t) for t in program.tensors)
             self._keep(key, program)
+            if program.changed_numbers and not self._warned_of_numbers:
+                self._warned_of_numbers = True
+                warnings.warn(_COUNTER.format(self._name(), *program.changed_numbers[:1]), UserWarning, stacklevel=3)
             return assemble(program, results, objects)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
@@ -138,6 +149,7 @@ class Compiled:
         expected = False
         if programs:
             reason = programs[0].misfit(leaves) or "something that it depends on has changed"
+            expected = reason == GRADIENT and len(programs) == 1  # which the first call has made
         elif key in self._once:
             expected = True
             reason = (
@@ -149,14 +161,21 @@ class Compiled:
         else:
             nearest = min(reversed(self._keys), key=lambda old: (old[0] != key[0], len(differences(old, key))))
             reason = "; ".join(differences(nearest, key))
-        if not expected and self._on_retrace != "ignore":
-            name = getattr(self.fn, "__qualname__", type(self.fn).__name__)
-            message = f"{name} is recorded and compiled again{user_line()}: {reason}"
+        often = NUMBER in reason and sum(NUMBER in r for r in self._reasons) == _OFTEN
+        if often or (not expected and self._on_retrace != "ignore"):
+            message = f"{self._name()} is recorded and compiled again{user_line()}: {reason}"
             if self._on_retrace == "error":
                 raise errors.Retraced(f'{message}. on_retrace="error" forbids that')
+            if often:
+                message += (
+                    f", for the {_OFTEN + 1}th time. A number that changes so often is better a tensor on device jax"
+                )
             warnings.warn(message, UserWarning, stacklevel=3)
         self._reasons.append(reason)
         del self._reasons[:-_REASONS]
+
+    def _name(self) -> str:
+        return getattr(self.fn, "__qualname__", type(self.fn).__name__)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
