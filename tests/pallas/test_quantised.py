@@ -109,6 +109,26 @@ def test_scaled_mm(sizes, dtypes, out, rows, bias, result):
     _agree(of_lists, x, y, *scales, extra[0])
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, *_FLOAT8])
+def test_out_of_another_dtype_is_rounded_once(dtype, given):
+    x, y, scale = _float8(16, 32), _float8(16, 32).T, torch.tensor(0.37)
+    out_dtype, result = dtype if given else None, torch.tensor(3.0)
+    recipe = [ScalingType.TensorWise.value]
+
+    def into(x, y, scale, result):
+        out = torch.empty(16, 16, dtype=dtype, device=x.device)
+        return torch.ops.aten._scaled_mm.out(x, y, scale, scale, None, result, out_dtype, out=out)
+
+    def into_v2(x, y, scale):
+        out, lists = torch.empty(16, 16, dtype=dtype, device=x.device), ([scale], recipe, [0])
+        return torch.ops.aten._scaled_mm_v2.out(x, y, *lists, *lists, None, out_dtype, out=out)
+
+    _agree(into, x, y, scale, result)
+    _agree(into_v2, x, y, scale)
+    _agree(lambda *t: torch.ops.aten._scaled_mm.out(*t, out_dtype=torch.float64, out=t[0].float()), x, y, scale, scale)
+
+
 @pytest.mark.parametrize(
     ("op", "args"),
     [

@@ -38,6 +38,7 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
         written = [(i, a) for i, a in written if a.is_out]
     has_dtype = bool(outs) and any(a.name == "dtype" for a in twin._schema.arguments)
     takes_dtype = has_dtype and not any("Tensor" in str(a.type) for a in twin._schema.arguments)
+    product_dtype = _optional_out_dtype(twin) if outs else None
     sized_by_values = any(entry.kind == "dynamic" for entry in REGISTRY.lowerings(twin))
     checked: set[Any] = set()
     outcomes: dict[Any, Outcome | None] = {}
@@ -105,6 +106,10 @@ def mutating_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]
             if one and targets[0].dtype is not metas[0].dtype:
                 # reductions compute in the dtype of out= (a sum of floats into integers is one of integers)
                 value, meta = _run_raw(twin, args, {**kwargs, "dtype": targets[0].dtype})
+                values, metas = (value,), (meta,)
+            elif product_dtype is not None and targets[0].dtype is not metas[0].dtype:
+                # products of 8-bit floats are rounded once, to the dtype of out=
+                value, meta = _run_raw(twin, *_with(product_dtype, torch.float32, args, kwargs))
                 values, metas = (value,), (meta,)
             for target, meta in zip(targets if outs and not rehearsed else (), metas, strict=False):
                 prepare_out(target, meta, func)
@@ -184,6 +189,19 @@ def _defaults_of(func: Any, twin: Any) -> tuple[int, tuple[Any, ...]]:
     own = [a for a in func._schema.arguments if not a.kwarg_only]
     defaults = [(i + 1, a.default_value) for i, a in enumerate(own) if a.has_default_value() and a.name in wanted]
     return (defaults[-1][0], tuple(value for _, value in defaults)) if defaults else (0, ())
+
+
+def _optional_out_dtype(twin: Any) -> int | None:
+    """Where `twin` takes an ``out_dtype`` that may be None."""
+    arguments = twin._schema.arguments
+    return next((i for i, a in enumerate(arguments) if a.name == "out_dtype" and "Optional" in str(a.type)), None)
+
+
+def _with(place: int, dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments with ``out_dtype``, which is at `place`, where it was None."""
+    if len(args) <= place:
+        return args, {**kwargs, "out_dtype": dtype}
+    return (*args[:place], dtype, *args[place + 1 :]), kwargs
 
 
 def _order_of(func: Any, twin: Any) -> list[int] | None:
