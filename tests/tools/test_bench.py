@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from torchax.interop import jax_view
 from torchax_tools.bench import __main__ as bench
-from torchax_tools.bench import families, measure, models
+from torchax_tools.bench import families, measure, models, zoo
 
 
 def test_ratio_and_failure() -> None:
@@ -41,3 +42,13 @@ def test_models_are_what_they_say() -> None:
         with torch.no_grad():
             out = model(**inputs) if isinstance(inputs, dict) else model(inputs)
         assert (out if isinstance(out, torch.Tensor) else out[0]).isfinite().all(), name
+
+
+@pytest.mark.parametrize("case", zoo.cases(), ids=lambda case: case.name)
+def test_models_by_hand_compute_the_same(case: zoo.Case) -> None:
+    torch.manual_seed(0)
+    model, inputs = case.build().eval(), case.inputs()
+    with torch.no_grad():
+        want = case.call(model, *inputs)
+    got = case.by_hand(zoo.arrays(model.named_parameters()), *zoo.as_jax_users(inputs))
+    torch.testing.assert_close(torch.from_numpy(np.array(got)), want, rtol=1e-4, atol=1e-4)

@@ -16,11 +16,25 @@ from rich.table import Table
 
 from .measure import Row, failed
 
-GROUPS = ("import", "ops", "linear", "threads", "train", "families", "gpt", "steps", "depth", "decode", "cold", "tpu")
+GROUPS = (
+    "import",
+    "ops",
+    "linear",
+    "threads",
+    "train",
+    "families",
+    "gpt",
+    "steps",
+    "depth",
+    "decode",
+    "cold",
+    "tpu",
+    "zoo",
+)
 
 
 def _group(name: str) -> Callable[[], Iterator[Row]]:
-    from . import decode, depth, families, gpt, ops, startup, steps, tpu, train
+    from . import decode, depth, families, gpt, ops, startup, steps, tpu, train, zoo
 
     return {
         "import": startup.imports,
@@ -35,6 +49,7 @@ def _group(name: str) -> Callable[[], Iterator[Row]]:
         "decode": decode.decode,
         "cold": startup.cold,
         "tpu": tpu.tpu,
+        "zoo": zoo.zoo,
     }[name]
 
 

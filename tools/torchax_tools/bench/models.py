@@ -108,6 +108,31 @@ class ResNet18(nn.Module):
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+class UNet(nn.Module):
+    """Two levels down and up again, what was seen on the way down beside what comes up."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+
+        def block(inside: int, outside: int) -> nn.Sequential:
+            return nn.Sequential(
+                *(nn.Conv2d(inside, outside, 3, padding=1), nn.GroupNorm(8, outside), nn.SiLU()),
+                *(nn.Conv2d(outside, outside, 3, padding=1), nn.GroupNorm(8, outside), nn.SiLU()),
+            )
+
+        self.down1, self.down2, self.bottom = block(3, width), block(width, 2 * width), block(2 * width, 4 * width)
+        self.up2 = nn.ConvTranspose2d(4 * width, 2 * width, 2, stride=2)
+        self.up1 = nn.ConvTranspose2d(2 * width, width, 2, stride=2)
+        self.join2, self.join1 = block(4 * width, 2 * width), block(2 * width, width)
+        self.head = nn.Conv2d(width, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one = self.down1(x)
+        two = self.down2(F.max_pool2d(one, 2))
+        y = self.join2(torch.cat([two, self.up2(self.bottom(F.max_pool2d(two, 2)))], 1))
+        return self.head(self.join1(torch.cat([one, self.up1(y)], 1)))
+
+
 class Reader(nn.Module):
     """An LSTM that classifies sequences of tokens."""
 

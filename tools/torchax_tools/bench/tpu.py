@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import torch
 import torch.nn.functional as F
 import torchax
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torchax.interop import AotCompiled, aot_compile
 
 from .measure import Row, failed
-from .steps import arrays_of, cases, jax_step, torch_step, work
+from .steps import arrays_of, cases, jax_step, torch_step
+from .topology import compared, compiled_for
 
 _TOPOLOGIES = ("v5e:2x2", "v6e:2x2")
 _HEADS, _FEATURES = 8, 128
@@ -91,30 +87,11 @@ def _against_plain(
 
 
 # ---------------------------------------------------------------------- models
-_MOVES = re.compile(r"= \w+\[(?P<shape>[\d,]*)\]\S* (?:transpose|copy)\(")
-_SMALL = 1024  # elements: what is copied below that costs nothing
-
-
 def _against_jax(
     name: str, model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, optimizer: Any, loss: Any, transform: Any
 ) -> Iterator[Row]:
     topology = _TOPOLOGIES[0]
     mine = aot_compile(torch_step(model, optimizer(model.parameters())), (x, y), topology, mesh={"data": 1})
     held, batch = arrays_of(model, x, y, transform)
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    sharding = NamedSharding(Mesh([device], ("data",)), PartitionSpec())
-    there = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-    with jax.default_matmul_precision("highest"):  # what torch asks for by default
-        step = jax_step(loss, transform).trace(*jax.tree.map(there, [*held, *batch]))
-        theirs = step.lower(lowering_platforms=("tpu",)).compile()
-    done = (mine.flops or 0, mine.bytes_accessed or 0, mine.temporary_bytes or 0)  # what kernels do included
-    for what, ours, other in zip(("flops", "bytes", "temporaries"), done, work(theirs), strict=True):
-        yield Row("tpu", f"{name}, v5e: {what}", max(ours, 1) / max(other, 1), "x", "JAX + optax", 1.02)
-    ours, other = (_moves(program.as_text() or "") for program in (mine.compiled, theirs))
-    title = f"{name}, v5e: transposes, copies"
-    yield Row("tpu", title, max(ours, 1) / max(other, 1), "x", "JAX + optax", 1.02, ours, other, counted="")
-
-
-def _moves(text: str) -> int:
-    sizes = (math.prod(int(n) for n in m["shape"].split(",") if n) for m in _MOVES.finditer(text))
-    return sum(size >= _SMALL for size in sizes)
+    theirs = compiled_for(jax_step(loss, transform), [*held, *batch], topology)
+    yield from compared("tpu", f"{name}, v5e", mine, theirs, "JAX + optax")
