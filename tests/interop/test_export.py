@@ -119,6 +119,26 @@ def test_saved_programs_run_without_torch_and_on_every_platform(tmp_path):
     torch.testing.assert_close(again(tokens(6))["y"].cpu(), want)
 
 
+class Attention(nn.Module):
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_program_gets_the_lowerings_of_the_platform_that_it_is_for(dynamic):
+    pytest.importorskip("torchax_ops_pallas")
+    shapes = {"x": {2: torch.export.Dim("length", min=64, max=4096)}} if dynamic else None
+
+    def kernels(*platforms):
+        exported = torchax.export.export(
+            Attention(), (torch.randn(1, 2, 128, 64),), dynamic_shapes=shapes, platforms=platforms
+        )
+        return exported.program.mlir_module().count("tpu_custom_call")
+
+    assert (kernels("tpu") > 0) == (not dynamic), "kernels want sizes to be numbers"
+    assert kernels("cpu", "tpu") == kernels("cpu") == 0
+
+
 def test_what_cannot_be_exported_says_so(tmp_path):
     with pytest.raises(TypeError, match=r"torch\.export\.ExportedProgram"):
         torchax.export.exported_program_to_stablehlo(net())

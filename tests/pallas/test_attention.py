@@ -111,7 +111,7 @@ def test_through_torch():
     torch.testing.assert_close(found, run("cpu"), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("dropout", "words"), [(0.0, "platform tpu"), (0.5, "dropout_p is 0.5")])
+@pytest.mark.parametrize(("dropout", "words"), [(0.0, "platforms tpu and gpu"), (0.5, "dropout_p is 0.5")])
 def test_required_says_what_failed(dropout, words):
     q = torch.randn(1, 2, 64, 64, device="jax")
     with torchax.config.override(pallas="required"), pytest.raises(lowerings.KernelUnavailable, match=words):

@@ -126,7 +126,9 @@ def jax_device(index: int) -> jax.Device:  # pyright: ignore[reportInvalidTypeFo
     return devices[index]
 
 
+EVERY_PLATFORM = "every platform"  # as a platform's name: that of lowerings that name none
 _target: str | None = None
+_portable = False
 
 
 def platform(index: int) -> str:
@@ -135,20 +137,27 @@ def platform(index: int) -> str:
 
 
 @contextlib.contextmanager
-def compiling_for(name: str) -> Iterator[None]:
+def compiling_for(name: str, portable: bool = False) -> Iterator[None]:
     """Within, lowerings are chosen for another platform than this machine's: to trace what is compiled ahead of time.
 
     Args:
-        name: ``cpu``, ``gpu`` or ``tpu``.
+        name: ``cpu``, ``gpu`` or ``tpu``; `EVERY_PLATFORM` for a program of several.
+        portable: the program is kept, for other versions of XLA, too: see `portable`.
     """
-    global _target
-    before, _target = _target, name
+    global _target, _portable
+    before = _target, _portable
+    _target, _portable = name, portable
     REGISTRY.changed()
     try:
         yield
     finally:
-        _target = before
+        _target, _portable = before
         REGISTRY.changed()
+
+
+def portable() -> bool:
+    """Whether what is traced now may call only what JAX promises to support in later versions, as `jax.export` asks."""
+    return _portable
 
 
 # ---------------------------------------------------------------------- JAX -> CPU

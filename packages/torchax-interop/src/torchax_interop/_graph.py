@@ -74,6 +74,10 @@ class ArrayInterpreter(torch.fx.Interpreter):
         first = next((x for x in tree_flatten((meta_args, meta_kwargs))[0] if isinstance(x, torch.Tensor)), None)
         dtype = first.dtype if first is not None else kwargs.get("dtype")
         entry = REGISTRY.resolve(op, convert.platform(0), dtype, shapes) if entries else None
+        if (
+            entry is not None and entry.platforms and entry.when is not None
+        ):  # a kernel, which wants sizes to be numbers
+            entry = REGISTRY.resolve(op, convert.EVERY_PLATFORM, dtype, shapes)
         if entry is None or entry.kind != "functional" or entry.random or entry.writes:
             raise NotServed(op)
         if entry.prepare is not None:

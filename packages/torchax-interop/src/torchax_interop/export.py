@@ -17,7 +17,7 @@ import torch.fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torchax import dtypes, errors
+from torchax import convert, dtypes, errors
 from torchax.tensor import Tensor
 
 from ._enter import enter, to_array
@@ -26,6 +26,7 @@ from ._tree import tree_map
 from .views import torch_view
 
 Weights = dict[str, jax.Array]
+_PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}  # JAX's names, that registries of operators do not tell apart
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _PROGRAM, _WEIGHTS, _ABOUT = "program.jaxexport", "weights.safetensors", "about.json"
 
@@ -215,13 +216,19 @@ def export(
     state, fn = exported_program_to_jax(model)
     specs, named = _input_specs(model)
     chosen = None if platforms is None else tuple(platforms)
-    with jax.enable_x64(True):
+    with convert.compiling_for(_lowerings_of(chosen), portable=True), jax.enable_x64(True):
         if weights == "inside":
             run = jax.jit(lambda *a, **k: fn(state, a, k))
             return Exported(jax.export.export(run, platforms=chosen)(*specs, **named), None)
         run = jax.jit(lambda w, *a, **k: fn(w, a, k))
         shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in state.items()}
         return Exported(jax.export.export(run, platforms=chosen)(shapes, *specs, **named), state)
+
+
+def _lowerings_of(platforms: tuple[str, ...] | None) -> str:
+    """The platform whose lowerings a program for `platforms` gets: with several, those that serve every platform."""
+    names = {jax.default_backend()} if platforms is None else {_PLATFORMS.get(p, p) for p in platforms}
+    return names.pop() if len(names) == 1 else convert.EVERY_PLATFORM
 
 
 def exported_program_to_stablehlo(

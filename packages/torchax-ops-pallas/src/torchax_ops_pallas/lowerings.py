@@ -6,12 +6,12 @@ from typing import Any
 
 from torchax.ops import aten, lowering
 
-from .conditions import Choice, KernelUnavailable, unfit
+from .conditions import Choice, KernelUnavailable, unfit, unfit_on_gpu
 from .settings import mode
 
 # The kernels are imported where they are used: Pallas takes longer to import than all of torchax.
 _SDPA = aten.scaled_dot_product_attention.default
-choice = Choice("scaled_dot_product_attention", unfit)
+choice = Choice("scaled_dot_product_attention", unfit, unfit_on_gpu=unfit_on_gpu)
 
 
 def _scale(query: Any, scale: float | None) -> float:
@@ -26,6 +26,14 @@ def flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
 
     interpret = mode() == "interpret"
     return attention(query, key, value, attn_mask, causal=is_causal, scale=_scale(query, scale), interpret=interpret)
+
+
+@lowering(_SDPA, whole=True, platforms=("gpu",), when=choice.on_gpu, priority=10)
+def cudnn_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+    """Attention in cuDNN, on NVIDIA's GPUs."""
+    from . import cudnn
+
+    return cudnn.cudnn_attention(query, key, value, attn_mask, causal=is_causal, scale=_scale(query, scale))
 
 
 @lowering(_SDPA, whole=True, when=choice.required, priority=8)

@@ -16,7 +16,7 @@ def declare(config: Any) -> None:
         NAME,
         "auto",
         choices=CHOICES,
-        doc="Pallas kernels: 'auto' on TPU where one fits the call, 'off' never, 'interpret' also on this machine, as plain JAX "
+        doc="kernels: 'auto' on TPU and GPU where one fits the call, 'off' never, 'interpret' also on this machine, as plain JAX "
         "operations (slow; for tests), 'required' raises where none can be used and says why",
     )
     config.on_change(NAME, _choose_anew)
