@@ -102,9 +102,13 @@ def ratio(
     cpu: Thunk | None = None,
     **how: Any,
 ) -> Row:
-    """Time `ours` against `theirs`, and torch on CPU beside them; an exception becomes a row that says so."""
+    """Time `ours` against `theirs`, then torch on CPU; an exception becomes a row that says so.
+
+    Not all three in turn: torch's threads spin for a while after each operator, on the cores of whoever comes next.
+    """
     try:
-        mine, other, *rest = times(ours, theirs, *([cpu] if cpu else []), **how)
+        mine, other = times(ours, theirs, **how)
+        rest = times(cpu, **how) if cpu else []
     except Exception as error:
         return failed(group, name, error)
     return Row(group, name, mine / other, "x", against, goal, mine, other, rest[0] if rest else None)
