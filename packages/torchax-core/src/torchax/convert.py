@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from . import dtypes, errors
 from ._checks import settle
 from ._execute import Program, state
+from ._execute.known import known_value
 from ._registry import REGISTRY
 from ._storage import PendingStorage, Storage, TensorMeta, dense_meta, meta_of, physical_order
 from ._views import strided_view
@@ -34,7 +35,7 @@ def t2j(tensor: torch.Tensor) -> jax.Array:
     later writes; hand memory over without a copy with ``jax.dlpack.from_dlpack(tensor)``.
     """
     if isinstance(tensor, Tensor):
-        return tensor.jax()
+        return tensor._array()
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"t2j takes a torch.Tensor; got {type(tensor).__name__}")
     return to_array(tensor.detach(), 0)
@@ -165,9 +166,11 @@ def host_array(value: Any, what: str) -> np.ndarray:
     """The values as numpy, once computed.
 
     Raises:
-        TracerEscaped: they are being traced and have no values.
+        TracerEscaped: they are being traced and follow from more than numbers.
         Exception: what an earlier op found wrong with values (`_checks`).
     """
+    if isinstance(value, jax.core.Tracer) and (known := known_value(value)) is not None:
+        value = known
     if isinstance(value, jax.core.Tracer):
         from ._execute._where import user_line
 

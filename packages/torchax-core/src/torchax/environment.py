@@ -54,7 +54,7 @@ class Environment:
 
     def t2j_iso(self, tree: Any) -> Any:
         """Every tensor of a nest as a `jax.Array`."""
-        return tree_map(lambda x: x.jax() if isinstance(x, Tensor) else x, tree)
+        return tree_map(lambda x: x._array() if isinstance(x, Tensor) else x, tree)
 
     j2t_copy = j2t_iso
 

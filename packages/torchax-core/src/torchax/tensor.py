@@ -18,6 +18,7 @@ from . import dtypes, errors
 from ._checks import settle
 from ._dispatch import dispatch
 from ._execute import state
+from ._execute.known import known_value
 from ._sharding import pins, place
 from ._storage import Storage, StorageView, TensorMeta, dense_meta
 
@@ -65,7 +66,7 @@ class Tensor(torch.Tensor):
     @staticmethod
     def __new__(cls: type[Tensor], elem: Any, env: Any = None, requires_grad: bool = False) -> Tensor:
         if isinstance(elem, Tensor):
-            elem = elem.jax()
+            elem = elem._array()
         if not isinstance(elem, jax.Array):
             raise TypeError(
                 f"torchax.tensor.Tensor wraps a jax.Array; got {type(elem).__name__}. For numbers, lists and numpy arrays "
@@ -79,7 +80,19 @@ class Tensor(torch.Tensor):
 
     # ------------------------------------------------------------------ the JAX side
     def jax(self) -> Array:
-        """The value as a `jax.Array` of the same shape (no copy where the tensor is not a view)."""
+        """The value as a `jax.Array` of the same shape (no copy where the tensor is not a view).
+
+        While a function is traced it is a tracer, except for integers and bools that follow from numbers alone: code that asks
+        here whether a value is known gets it.
+        """
+        value = self._array()
+        if isinstance(value, jax.core.Tracer):
+            known = known_value(value)
+            return value if known is None else known
+        return value
+
+    def _array(self) -> Array:
+        """As `jax`, but whatever is traced is a tracer."""
         value = state.executor.read(self)
         if isinstance(value, np.ndarray):  # made by torch.empty, and nobody has written or read it
             from .convert import on_device
@@ -90,15 +103,15 @@ class Tensor(torch.Tensor):
         return value
 
     def __jax_array__(self) -> Array:
-        return self.jax()
+        return self._array()
 
     def apply_jax(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``fn(array, ...)`` with arrays wrapped as tensors again."""
-        return jax.tree.map(lambda x: Tensor(x) if isinstance(x, jax.Array) else x, fn(self.jax(), *args, **kwargs))
+        return jax.tree.map(lambda x: Tensor(x) if isinstance(x, jax.Array) else x, fn(self._array(), *args, **kwargs))
 
     def apply_jax_(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """Replace the value by ``fn(array, ...)``, which keeps shape and dtype."""
-        value = fn(self.jax(), *args, **kwargs)
+        value = fn(self._array(), *args, **kwargs)
         if tuple(value.shape) != self._m.shape or value.dtype != self._m.jax_dtype:
             raise ValueError(
                 f"apply_jax_ must keep shape and dtype {self._m.jax_dtype}{list(self._m.shape)}; "

@@ -215,7 +215,7 @@ def to_tensor(x: Any) -> Any:
 def to_array(x: Any) -> Any:
     """A tensor as a `jax.Array` (CPU tensors are copied), any other leaf as it is."""
     if type(x) is Tensor:
-        return x.jax()
+        return x._array()
     return convert.t2j(x) if isinstance(x, torch.Tensor) else x
 
 
