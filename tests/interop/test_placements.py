@@ -102,8 +102,8 @@ def test_shard_module_takes_torchs_mesh(mesh):
 
 
 def test_meshes_of_earlier_versions(jax_devices):
-    mesh = mesh_util.Mesh.fully_sharded(4)
-    model = mesh.initialize_sharded(nn.Linear, (8, 6))
+    mesh = mesh_util.Mesh.fsdp_mesh()
+    model = mesh.initialize_model_sharded(nn.Linear, (8, 6))
     assert model.weight.jax().sharding.spec == P(None, "torchax") and model.bias.jax().sharding.is_fully_replicated
     mesh.shard_model(model, override_sharder=lambda name, shape: P())
     assert model.weight.jax().sharding.is_fully_replicated

@@ -94,7 +94,7 @@ def test_jax_settings_survive_an_error():
 
 def test_tensor_of_an_array_shares_it():
     array = jnp.arange(6.0).reshape(2, 3)
-    for x in (Tensor(array), convert.j2t(array), Tensor(Tensor(array)), Tensor(array, torchax.default_env())):
+    for x in (Tensor(array), Tensor(Tensor(array)), Tensor(array, torchax.default_env())):
         assert type(x) is Tensor and x.jax() is array and not x.requires_grad
     assert Tensor(array, requires_grad=True).requires_grad
     assert Tensor(array).add_(1).tolist() == [[1, 2, 3], [4, 5, 6]] and array[0, 0] == 0  # arrays do not change

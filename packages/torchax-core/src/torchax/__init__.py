@@ -36,7 +36,7 @@ plugins.load_entry_points()
 __version__ = "0.1.0"
 
 # Names that live in torchax-interop, loaded on first use.
-_INTEROP = ("compile", "extract_jax", "load_checkpoint", "save_checkpoint")
+_INTEROP = ("CompileOptions", "compile", "extract_jax", "load_checkpoint", "save_checkpoint")
 _MODULES = ("distributed", "export", "flax", "interop", "mesh_util", "train", "view")
 
 
@@ -52,10 +52,10 @@ def __getattr__(name: str) -> Any:
 
 if TYPE_CHECKING:
     from . import distributed, export, interop, mesh_util, view
-    from .interop import compile, extract_jax, load_checkpoint, save_checkpoint
+    from .interop import CompileOptions, compile, extract_jax, load_checkpoint, save_checkpoint
 
 __all__ = [
-    "Generator", "Tensor", "amp", "compile", "config", "convert", "debug", "default_env", "device", "disable_globally",
+    "CompileOptions", "Generator", "Tensor", "amp", "compile", "config", "convert", "debug", "default_env", "device", "disable_globally",
     "distributed", "dtypes", "enable_accuracy_mode", "enable_globally", "enable_performance_mode", "errors", "export",
     "extract_jax", "from_dlpack", "hookspecs", "interop", "load_checkpoint", "mesh_util", "ops", "plugins", "random",
     "save_checkpoint", "view",

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import dtypes, errors
 from ._checks import settle
@@ -28,22 +29,41 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 # ---------------------------------------------------------------------- public: the two worlds
-def t2j(tensor: torch.Tensor) -> jax.Array:
+def t2j(tensor: Any, use_dlpack: bool = False) -> Any:
     """The values of a torch tensor as a `jax.Array` of the same shape and dtype.
 
     A tensor on device ``jax`` gives its own array. A CPU tensor is copied, since a `jax.Array` must not change under
     later writes; hand memory over without a copy with ``jax.dlpack.from_dlpack(tensor)``.
+
+    Args:
+        tensor: a tensor, or a nest of tensors, which gives a nest of arrays.
+        use_dlpack: taken as earlier versions took it; it changes nothing.
     """
     if isinstance(tensor, Tensor):
         return tensor._array()
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"t2j takes a torch.Tensor; got {type(tensor).__name__}")
-    return to_array(tensor.detach(), 0)
+    if isinstance(tensor, torch.Tensor):
+        return to_array(tensor.detach(), 0)
+    if not any(isinstance(x, torch.Tensor) for x in tree_leaves(tensor)):
+        raise TypeError(f"t2j takes a torch.Tensor, or a nest of them; got {type(tensor).__name__}")
+    return tree_map(lambda x: t2j(x) if isinstance(x, torch.Tensor) else x, tensor)
 
 
-def j2t(array: jax.Array) -> Tensor:
-    """A tensor on device ``jax`` that holds `array` (no copy)."""
-    return Tensor(array)
+def j2t(array: Any, use_dlpack: bool = False) -> Any:
+    """The values of a `jax.Array`, or of a tensor on device ``jax``, as a CPU tensor of the same shape and dtype.
+
+    `torchax.interop.torch_view` gives a tensor on device ``jax`` that holds the array itself.
+
+    Args:
+        array: an array, or a nest of arrays, which gives a nest of tensors.
+        use_dlpack: taken as earlier versions took it; it changes nothing.
+    """
+    if isinstance(array, Tensor):
+        return array.detach().cpu()
+    if isinstance(array, jax.Array):
+        return Tensor(array).cpu()
+    if not any(isinstance(x, jax.Array | Tensor) for x in tree_leaves(array)):
+        raise TypeError(f"j2t takes a jax.Array, or a nest of them; got {type(array).__name__}")
+    return tree_map(lambda x: j2t(x) if isinstance(x, jax.Array | Tensor) else x, array)
 
 
 def from_dlpack(source: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import torch
@@ -12,17 +12,52 @@ from torch.utils._pytree import tree_map
 from . import convert
 from . import random as _random
 from ._registry import REGISTRY, Lowering, op_name
-from .config import Config, config
+from .config import config
 from .tensor import Tensor
+
+
+class Settings:
+    """`torchax.config` as users of earlier versions set it.
+
+    What was chosen there by hand is decided by itself now: kernels by platform, dtype and shape (`torchax.config.pallas`), and
+    tensors of CPU are CPU's. So these settings are remembered, and change nothing.
+    """
+
+    former: ClassVar[dict[str, Any]] = {
+        "use_tpu_flash_attention": False,
+        "use_tpu_splash_attention": False,
+        "shmap_flash_attention": False,
+        "use_torch_native_for_cpu_tensor": True,
+        "use_dlpack_for_data_conversion": False,
+        "treat_cuda_as_jax_device": True,
+        "internal_respect_torch_return_dtypes": False,
+        "debug_print_each_op": False,
+        "debug_accuracy_for_each_op": False,
+        "debug_mixed_tensor": False,
+    }
+
+    def __getattr__(self, name: str) -> Any:
+        return self.former[name] if name in self.former else getattr(config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.former:
+            self.former[name] = value
+        else:
+            setattr(config, name, value)
+
+
+_settings = Settings()
 
 
 class Environment:
     """What `default_env` gives: conversions, seeds and settings; as a context manager it does nothing, since nothing is needed."""
 
     @property
-    def config(self) -> Config:
-        """`torchax.config`."""
-        return config
+    def config(self) -> Settings:
+        """`torchax.config`, which takes the settings of earlier versions, too."""
+        return _settings
+
+    enabled = True
 
     def __enter__(self) -> Environment:
         return self
@@ -41,8 +76,8 @@ class Environment:
 
     @property
     def prng_key(self) -> jax.Array:
-        """A fresh PRNG key from the state of device ``jax``."""
-        return _random.default(0).next_key()
+        """The PRNG key that device ``jax`` uses next. Reading it takes nothing away: `get_and_rotate_prng_key` does."""
+        return _random.draw(jax.numpy.asarray(_random.default(0).load()))[0]
 
     get_and_rotate_prng_key = functools.partialmethod(
         lambda self, generator=None: _random.source(generator, 0).next_key()
@@ -56,18 +91,35 @@ class Environment:
         """Every tensor of a nest as a `jax.Array`."""
         return tree_map(lambda x: x._array() if isinstance(x, Tensor) else x, tree)
 
-    j2t_copy = j2t_iso
+    def j2t_copy(self, tree: Any) -> Any:
+        """Every `jax.Array` of a nest as a CPU tensor."""
+        return jax.tree.map(lambda x: convert.j2t(x) if isinstance(x, jax.Array) else x, tree)
 
     def t2j_copy(self, tree: Any) -> Any:
         """Every tensor of a nest, CPU ones included, as a `jax.Array`."""
         return tree_map(lambda x: convert.t2j(x) if isinstance(x, torch.Tensor) else x, tree)
 
     def to_xla(self, tree: Any) -> Any:
-        """Every tensor of a nest on device ``jax``."""
-        return tree_map(lambda x: x.to("jax") if isinstance(x, torch.Tensor) else x, tree)
+        """Every tensor of a nest, or a module, on device ``jax``."""
+        return tree_map(lambda x: x.to("jax") if isinstance(x, torch.Tensor | torch.nn.Module) else x, tree)
+
+    def load_ops(self) -> None:
+        """Nothing to do: plugins are loaded with torchax."""
 
     def override_op_definition(self, op: Any, fn: Any) -> None:
-        """Lower `op` by `fn` from now on, before every plugin."""
+        """Carry out `op` by `fn` from now on.
+
+        Args:
+            op: an operator (``torch.ops.aten.sinc``), for which `fn` takes and gives `jax.Array`s; or a function of torch
+                (``torch.nn.functional.scaled_dot_product_attention``), for which it takes and gives tensors, see
+                `torchax.ops.jtorch.register_function`.
+            fn: what to call instead.
+        """
+        if not isinstance(op, str | torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+            from .ops.jtorch import register_function
+
+            register_function(op, is_jax_function=False)(fn)
+            return
         if isinstance(op, torch._ops.OpOverloadPacket):
             op = op.default if "default" in op.overloads() else getattr(op, op.overloads()[0])
         REGISTRY.add(

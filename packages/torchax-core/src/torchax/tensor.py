@@ -345,6 +345,14 @@ def wrap(value: Any, meta: TensorMeta) -> Tensor:
     return make(storage, meta)
 
 
+def __getattr__(name: str) -> Any:
+    if name in ("j2t", "j2t_dtype", "t2j", "t2j_dtype"):  # which existing users import from here
+        from .ops import mappings
+
+        return getattr(mappings, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def become(t: Tensor, other: Tensor) -> None:
     """Give `t` the storage, view and metadata of `other`. Version, graph and Python object of `t` stay."""
     shell = make(other._s, other._m, other._v)

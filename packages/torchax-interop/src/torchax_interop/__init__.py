@@ -14,7 +14,7 @@ from ._scan_layers import ScannedLayers, scan_layers
 from .aot import AotCompiled, aot_compile
 from .autograd import j2t_autograd
 from .checkpoint import CheckpointManager, load_checkpoint, open_checkpoint, save_checkpoint
-from .compile import Compiled, compile
+from .compile import Compiled, CompileOptions, compile
 from .custom_ops import register_jax
 from .jit import JittableModule, extract_all_buffers, extract_jax, jax_jit
 from .loops import fori_loop, scan
@@ -46,6 +46,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AotCompiled",
     "CheckpointManager",
+    "CompileOptions",
     "Compiled",
     "DeviceMesh",
     "JaxModule",

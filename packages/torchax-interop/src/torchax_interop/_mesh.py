@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.interpreters.pxla
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -55,6 +57,23 @@ def as_mesh(mesh: Any) -> Mesh:
     if missing := sorted(set(numbers) - set(by_id)):
         raise ValueError(f"the mesh names devices {missing}; JAX has {sorted(by_id)}")
     return Mesh(np.array([by_id[n] for n in numbers]).reshape(tuple(ids.shape)), tuple(names))
+
+
+def constrained_around(array: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The array, divided as `spec` says over the mesh of the ``with jax.set_mesh(mesh)``, or ``with mesh``, around the call.
+
+    Raises:
+        RuntimeError: there is no mesh.
+    """
+    if not jax.sharding.get_abstract_mesh().empty:
+        return jax.lax.with_sharding_constraint(array, spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # as `with mesh` itself is
+        mesh = jax.interpreters.pxla.thread_resources.env.physical_mesh
+    if mesh.empty:
+        raise RuntimeError(f"{spec} names a mesh axis, and there is no mesh: call it within `with jax.set_mesh(mesh):`")
+    sharding = checked_sharding(as_mesh(mesh), spec, array.shape, "an argument or result")
+    return jax.lax.with_sharding_constraint(array, sharding)
 
 
 def as_spec(spec: Any) -> PartitionSpec:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -257,7 +258,26 @@ def _names(fn: Callable[..., Any], numbers: Any, names: Any) -> tuple[frozenset[
 
 
 # ---------------------------------------------------------------------- public
-def compile(fn: Any = None, **options: Any) -> Any:
+@dataclasses.dataclass
+class CompileOptions:
+    """Options of `compile` as earlier versions took them.
+
+    Attributes:
+        methods_to_compile: methods of a module whose calls are compiled, too.
+        jax_jit_kwargs: options of `jax.jit`.
+        mode: ``"jax"``, the only one.
+    """
+
+    methods_to_compile: Sequence[str] = ("forward",)
+    jax_jit_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mode: str = "jax"
+
+    def __post_init__(self) -> None:
+        if self.mode != "jax":
+            raise ValueError(f'mode is "jax"; got {self.mode!r}. To export, use torchax.export.export')
+
+
+def compile(fn: Any = None, former: CompileOptions | None = None, /, **options: Any) -> Any:
     """A function or module that runs as one XLA program per signature.
 
     The function is ordinary PyTorch: it may call modules, `backward()`, `optimizer.step()`, write into tensors and draw
@@ -273,6 +293,7 @@ def compile(fn: Any = None, **options: Any) -> Any:
 
     Args:
         fn: the function or `torch.nn.Module`; None gives a decorator.
+        former: `CompileOptions`, as earlier versions took them: a module becomes a `JittableModule`, with ``params`` and ``buffers``.
         options: ``on_retrace="warn"`` or ``"error"`` says or refuses when a call needs another recording, and why (see also
             `Compiled.cache_info`). ``dynamic={0: (32, 64, 128)}`` pads tensors among the arguments with zeros to the next of
             these sizes in dimension 0, and cuts the results (see docs/compile.md). ``donate_state=False`` keeps the old
@@ -288,6 +309,10 @@ def compile(fn: Any = None, **options: Any) -> Any:
         Retraced: (when called) ``on_retrace="error"``, and no program serves the call.
         ValueError: (when called) a dimension is larger than its largest bucket.
     """
+    if former is not None:
+        from .jit import compile_with  # which needs this module
+
+        return compile_with(fn, former)
     if fn is None:
         return functools.partial(compile, **options)
     if isinstance(fn, torch.nn.Module):
@@ -334,4 +359,4 @@ class _ModuleCall:
         return self.module(*args, **kwargs)
 
 
-__all__ = ["Compiled", "compile"]
+__all__ = ["CompileOptions", "Compiled", "compile"]

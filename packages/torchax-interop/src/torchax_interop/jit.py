@@ -11,7 +11,7 @@ import torch
 from torchax import random as _random
 
 from ._enter import enter, to_array
-from .compile import Compiled
+from .compile import Compiled, CompileOptions
 
 States = dict[str, torch.Tensor]
 
@@ -156,6 +156,9 @@ class JittableModule(torch.nn.Module):
 
         self._jitted[method_name] = Compiled(run, **self._extra)
 
+    def _compiled_method(self, name: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: self.jittable_call(name, *args, **kwargs)
+
     def functional_call(self, method_or_name: Any, params: States, buffers: States, *args: Any, **kwargs: Any) -> Any:
         """A method (a name, or a function that takes the module first) on other parameters and buffers; not compiled."""
         return call_with(self._model, method_or_name, {**params, **buffers}, args, kwargs)
@@ -184,7 +187,19 @@ class JittableModule(torch.nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_model" not in self.__dict__:
             return super().__getattr__(name)
+        if name in self._jitted and name != "forward":
+            return self._compiled_method(name)
         return getattr(self._model, name)
+
+
+def compile_with(fn: Any, options: CompileOptions) -> Any:
+    """`torchax.compile` with options as earlier versions took them."""
+    if not isinstance(fn, torch.nn.Module):
+        return jax_jit(fn, options.jax_jit_kwargs)
+    module = JittableModule(fn, extra_jit_args=options.jax_jit_kwargs)
+    for name in options.methods_to_compile:
+        module.make_jitted(name)
+    return module
 
 
 __all__ = ["JittableModule", "extract_all_buffers", "extract_jax", "jax_jit"]

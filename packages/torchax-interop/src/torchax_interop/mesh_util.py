@@ -32,7 +32,7 @@ class SingleAxisSharder:
         shape = tuple(shapedtype.shape)
         for i, n in enumerate(shape):
             if n and n % self.axis_size == 0:
-                return PartitionSpec(*[None] * i, self.axis_name)
+                return PartitionSpec(*[self.axis_name if k == i else None for k in range(len(shape))])
         if self.replicate_unshardable or not shape:
             return PartitionSpec()
         raise ValueError(
@@ -58,12 +58,14 @@ class Mesh:
         self.sharder = sharder
 
     @classmethod
-    def fully_sharded(cls, num_of_device: int, axis_name: str = "torchax") -> Mesh:
-        """One axis over `num_of_device` devices; every parameter is divided over it, or kept whole where it cannot be."""
-        mesh = make_mesh(None, **{axis_name: num_of_device})
-        return cls(mesh, SingleAxisSharder(axis_name, num_of_device, replicate_unshardable=True))
+    def fsdp_mesh(cls, axis_name: str = "fsdp") -> Mesh:
+        """One axis over all devices; every parameter is divided over it, or kept whole where it cannot be."""
+        count = jax.device_count()
+        return cls(
+            make_mesh(None, **{axis_name: count}), SingleAxisSharder(axis_name, count, replicate_unshardable=True)
+        )
 
-    def initialize_sharded(
+    def initialize_model_sharded(
         self,
         model_class: Callable[..., torch.nn.Module],
         init_args: tuple[Any, ...] = (),

@@ -20,7 +20,7 @@ def register_function(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate what a function of torch shall do where a tensor on device ``jax`` is among its arguments.
 
-    The function is replaced in the module that it comes from (``torch.nn.functional.softmax`` in `torch.nn.functional`),
+    The function is replaced where torch has it (``torch.nn.functional.softmax`` in `torch.nn.functional`),
     so code that imported the function itself before is not reached. To lower an operator, use `torchax.ops.lowering`.
 
     Args:
@@ -40,7 +40,7 @@ def register_function(
 
 def _replace(function: Any, fn: Callable[..., Any], is_jax_function: bool, needs_env: bool) -> None:
     function = getattr(function, "__torchax_original__", function)
-    home, name = _home(function)
+    homes, name = _homes(function)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -55,22 +55,24 @@ def _replace(function: Any, fn: Callable[..., Any], is_jax_function: bool, needs
         return call_jax(fn, *tree_map(_on_device, args), **tree_map(_on_device, kwargs))
 
     call.__torchax_original__ = function  # type: ignore[attr-defined]
-    setattr(home, name, call)
+    for home in homes:
+        setattr(home, name, call)
 
 
 def _on_device(x: Any) -> Any:
     return Tensor(t2j(x)) if isinstance(x, torch.Tensor) and type(x) is not Tensor else x
 
 
-def _home(function: Any) -> tuple[Any, str]:
-    """Where a function of torch is found, and under which name."""
-    name = getattr(function, "__name__", None)
+def _homes(function: Any) -> tuple[list[Any], str]:
+    """Where a function of torch is found, and under which name: `torch.nn.functional` has some of `torch._C._nn`."""
+    name = getattr(function, "__name__", "")
     module = getattr(function, "__module__", None)
     places = [importlib.import_module(module)] if module else []
-    for place in (*places, torch.nn.functional, torch, torch.Tensor, torch.linalg, torch.fft, torch.special):
-        found = getattr(place, name, None) if name else None
-        if getattr(found, "__torchax_original__", found) is function:
-            return place, str(name)
+    places += [torch.nn.functional, torch, torch.Tensor, torch.linalg, torch.fft, torch.special]
+    found = [(place, getattr(place, name, None)) for place in dict.fromkeys(places)]
+    homes = [place for place, f in found if f is not None and getattr(f, "__torchax_original__", f) is function]
+    if homes:
+        return homes, name
     raise ValueError(f"{function!r} is not found in a module of torch under its own name; register a lowering instead")
 
 
