@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import textwrap
 import warnings
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torchax
 from torchax import errors, plugins
-from torchax.ops import Lowering, lowering
+from torchax.ops import Lowering, lowering, view_lowering
 
 from helpers import run_python
 
@@ -193,17 +194,91 @@ def test_plugins_cost_nothing_per_call(ops, load, monkeypatch):
 
 
 def test_a_predicate_that_raises_names_its_plugin(ops, load):
-    load("clumsy", shift(when=lambda: True))
+    load("clumsy", shift(when=lambda x, by=1.0: x.no_such_attribute))
     with pytest.raises(
-        errors.PluginError, match=r"shifted: the predicate .*<lambda> of plugin 'clumsy' raised TypeError"
+        errors.PluginError, match=r"shifted: the predicate .*<lambda> of plugin 'clumsy' raised AttributeError"
     ):
         ops.shifted(ones())
 
 
-def test_a_lowering_of_the_wrong_signature_is_an_error_of_the_lowering(ops, load):
-    load("narrow", Lowering(op=MISSING_OP, fn=lambda x: x))
-    with pytest.raises(errors.LoweringError, match=r"torchax_plugins::shifted failed.*takes 1 positional argument"):
-        ops.shifted(ones(), 2.0)
+def _view(read, inverse=None):
+    view = view_lowering("aten::select.int")(read)
+    view.inverse(inverse or (lambda base, value, dim, index: base))
+    return view.__torchax__[0]
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (Lowering(op=MISSING_OP, fn=lambda x: x), "takes 1 positional arguments, and up to 2 come"),
+        (Lowering(op=MISSING_OP, fn=lambda x, by: x), "needs by, which does not always come: give it a default"),
+        (Lowering(op=MISSING_OP, fn=jax.jit(lambda x, by: x)), "needs by"),
+        (Lowering(op=MISSING_OP, fn=lambda x, by=1.0, *, key: x), "needs the keyword key"),
+        (Lowering(op=MISSING_OP, fn=lambda x, by=1.0: x, kind="stateful", random=True), "has no keyword key"),
+        (Lowering(op=MISSING_OP, fn=lambda x, by=1.0: x, layouts=True), "has no keyword row_major"),
+        (Lowering(op="aten::gelu", fn=lambda x: x, whole=True), "has no keyword approximate"),
+        (Lowering(op="aten::gelu", fn=lambda x, *, approx="none": x), "has no keyword approximate"),
+        (Lowering(op="aten::sinc", fn=lambda x: x, when=lambda: True), "the predicate .* takes 0 positional arguments"),
+        (_view(lambda x, dim: x), "takes 2 positional arguments, and up to 3 come"),
+        (_view(lambda x, dim, index: x, lambda base: base), "the inverse .* takes 1 positional arguments, and up to 4"),
+    ],
+)
+def test_a_plugin_with_a_lowering_of_the_wrong_signature_is_quarantined(ops, load, entry, words):
+    with pytest.raises(errors.PluginError, match=words) as caught:
+        load("narrow", entry, Lowering(op="torchax_plugins::shifted_", fn=lambda: None))
+    said = str(caught.value)
+    assert "'narrow'" in said and f"{entry.op}: the " in said and "(and 1 more)" in said
+    assert f"{__file__}:" in said and "Tensor" in said, "the place, and the schema"
+    assert MISSING_OP not in torchax._registry.REGISTRY
+    (status,) = [p for p in plugins.status() if p.name == "narrow"]
+    assert status.state == "quarantined"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        Lowering(op=MISSING_OP, fn=lambda *args: args[0] + 1),
+        Lowering(op=MISSING_OP, fn=lambda x, by=1.0, extra=2.0, *, more=3.0: x + by),
+        Lowering(op=MISSING_OP, fn=functools.partial(lambda shift, x, by=1.0: x + by, 0)),
+        Lowering(op=MISSING_OP, fn=functools.wraps(abs)(lambda *args, **kwargs: args[0] + 1)),
+        Lowering(op=MISSING_OP, fn=jax.jit(lambda x, by=1.0: x + by)),
+        Lowering(op=MISSING_OP, fn=lambda x, by=1.0: x + by, when=lambda *_: True),
+    ],
+)
+def test_what_takes_the_arguments_is_no_fault(ops, load, entry):
+    load("wide", entry)
+    assert ops.shifted(ones()).tolist() == [2, 2] and not plugins.faults("wide", thorough=True)
+
+
+def test_partial_functions_are_looked_at_when_they_are_asked_for(ops, load):
+    load(
+        "partial",
+        Lowering(op=MISSING_OP, fn=functools.partial(lambda shift, x: x, 0)),
+        Lowering(op="aten::sinc", fn=abs),
+    )
+    assert not plugins.faults("partial")
+    (found,) = plugins.faults("partial", thorough=True)
+    assert (
+        found.startswith(f"{MISSING_OP}: the lowering ") and f"{__file__}:" in found and "takes 1 positional" in found
+    )
+
+
+def test_a_lowering_of_an_op_that_is_defined_later_is_looked_at_when_it_is_called(load):
+    load("early", Lowering(op="torchax_later::op", fn=lambda: None))
+    lib = torch.library.Library("torchax_later", "DEF")
+    lib.define("op(Tensor x) -> Tensor")
+    try:
+        with pytest.raises(
+            errors.PluginError, match=r"'early' breaks the contract: torchax_later::op: .*takes 0 pos.*-early"
+        ):
+            torch.ops.torchax_later.op(ones())
+    finally:
+        lib._destroy()
+
+
+def test_our_own_lowerings_have_the_parameters_of_their_operators():
+    for name in ("aten", "pallas"):
+        assert plugins.faults(name, thorough=True) == []
 
 
 # Broken plugins ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -213,6 +214,24 @@ def test_plugins_and_doctor() -> None:
     assert checks["an eager training step"]["state"] == "ok" and checks["a compiled training step"]["state"] == "ok"
     assert {"torch", "jax", "libtpu", "devices"} <= checks.keys()
     assert "plugin aten" in run("doctor")
+
+
+def test_doctor_looks_at_parameters_without_calling(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plugin:
+        @plugins.hookimpl
+        def torchax_register_ops(self, registry):
+            registry.add(Lowering(op="aten::sinc", fn=functools.partial(lambda: None), priority=-1))
+
+    monkeypatch.setattr(doctor, "_training_step", lambda compiled: doctor.line("step", "ok", ""))
+    plugins.register(Plugin(), "unfit")
+    try:
+        checks = json.loads(run("doctor", "--format", "json", code=1))
+    finally:
+        plugins.disable("unfit")
+        plugins._found.pop("unfit")
+        plugins._objects.pop("unfit")
+    (wrong,) = [c for c in checks if c["what"] == "plugin unfit" and c["state"] == "wrong"]
+    assert wrong["detail"].startswith("aten::sinc: the lowering ") and f"{__file__}:" in wrong["detail"]
 
 
 def test_doctor_reports_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

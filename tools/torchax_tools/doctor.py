@@ -99,6 +99,10 @@ def _plugins() -> list[dict[str, str]]:
             "wrong": f"pip install -U {owner or 'it'}, uninstall it, or set TORCHAX_PLUGINS=-{status.name}",
         }[state]
         lines.append(line(f"plugin {status.name}", state, detail, remedy))
+        if status.state == "loaded":
+            report = f"report it to the author of {owner or status.name}"
+            wrong = plugins.faults(status.name, thorough=True)
+            lines += [line(f"plugin {status.name}", "wrong", fault, report) for fault in wrong]
     if not any(s.state == "loaded" for s in plugins.status()):
         lines.append(line("plugins", "wrong", "none is loaded, so no op runs", "pip install torchax-ops-aten"))
     return lines

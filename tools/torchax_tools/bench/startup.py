@@ -68,8 +68,8 @@ def torchax_plugin_info():
 
 @hookimpl
 def torchax_register_ops(registry):
-    for i in range({ops}):
-        registry.add(Lowering(op=f"{name}::op{{i}}", fn=abs, priority=i % 3, platforms=("tpu",)))
+    for op in registry.ops()[:{ops}]:  # aten's, so that their parameters are looked at
+        registry.add(Lowering(op=op, fn=lambda *args, **kwargs: args[0], priority={priority}, platforms=("tpu",)))
 """
 _CPU_SECONDS = """
 import time
@@ -124,7 +124,7 @@ def plugins(count: int = 10, ops: int = 100, rounds: int = 3) -> Iterator[Row]:
 def _install(folder: pathlib.Path, count: int, ops: int) -> None:
     for i in range(count):
         name = f"bench{i}"
-        (folder / f"{name}_plugin.py").write_text(_PLUGIN.format(name=name, ops=ops))
+        (folder / f"{name}_plugin.py").write_text(_PLUGIN.format(name=name, ops=ops, priority=i + 1))
         info = folder / f"{name}_plugin-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-plugin\nVersion: 1.0\n")

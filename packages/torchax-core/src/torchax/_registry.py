@@ -222,6 +222,7 @@ class Registry:
     def __init__(self) -> None:
         self._by_op: dict[str, list[Lowering]] = {}
         self._provider = ""
+        self.undefined: set[str] = set()  # ops that were not defined when the parameters of lowerings were looked at
         self.listeners: list[Callable[[], Any]] = []  # told of every change: rules that were made are stale
 
     def __contains__(self, op: Any) -> bool:

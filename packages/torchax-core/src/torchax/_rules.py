@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from . import _core_ops, convert
+from ._contract import fault
 from ._dispatch import RULES
 from ._execute import executing, state
 from ._execute.strict import Placed
@@ -24,6 +25,7 @@ from ._prepared import prepared_rule
 from ._registry import REGISTRY, Lowering
 from ._sharding import place
 from ._viewing import inplace_view_rule, strided_view_rule, view_rule, views_rule
+from .errors import PluginError
 from .tensor import Tensor
 
 Rule = Callable[[tuple[Any, ...], dict[str, Any]], Any]
@@ -42,6 +44,8 @@ def _own_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
     if core is not None:
         return core
     entries = REGISTRY.lowerings(func)
+    if func.name() in REGISTRY.undefined:
+        _look_at(entries, func)
     kinds = {entry.kind for entry in entries}
     if "view" in kinds:
         return _chosen(func, entries, view_rule)
@@ -69,6 +73,14 @@ def _own_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
             args[:at] + args[at + 1 :], {**kwargs, "generator": args[at]} if len(args) > at else kwargs
         )
     return rule
+
+
+def _look_at(entries: list[Lowering], func: Any) -> None:
+    for entry in entries:
+        if wrong := fault(entry, func._schema):
+            raise PluginError(
+                f"plugin {entry.provider!r} breaks the contract: {wrong}; switch it off with TORCHAX_PLUGINS=-{entry.provider}"
+            )
 
 
 def _chosen(func: Any, entries: list[Lowering], kind: Callable[[Any, Lowering], Rule]) -> Rule:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pluggy
 
-from . import hookspecs
+from . import _contract, hookspecs
 from ._registry import REGISTRY
 from .config import config
 from .errors import PluginError
@@ -19,8 +19,23 @@ from .hookspecs import hookimpl
 
 API_VERSION = "1.0"
 GROUP = "torchax.plugins"
+_TESTED = {
+    "torchax-ops-aten",
+    "torchax-ops-pallas",
+}  # tests hold their parameters: they need not be looked at once more
 
-__all__ = ["API_VERSION", "GROUP", "PluginStatus", "disable", "enable", "hook", "hookimpl", "register", "status"]
+__all__ = [
+    "API_VERSION",
+    "GROUP",
+    "PluginStatus",
+    "disable",
+    "enable",
+    "faults",
+    "hook",
+    "hookimpl",
+    "register",
+    "status",
+]
 
 
 @dataclasses.dataclass
@@ -125,6 +140,27 @@ def enable(name: str) -> None:
     _load(record, plugin, strict=True)
 
 
+def faults(name: str, thorough: bool = False) -> list[str]:
+    """What is wrong with the parameters of a loaded plugin's lowerings, one line for each, with file and line.
+
+    Operators that are not defined yet are left out; they are looked at when they are first called.
+
+    Args:
+        name: of the plugin.
+        thorough: look also at functions for which that takes long, as `torchax-ops doctor` does.
+    """
+    found = []
+    for entry in REGISTRY.all():
+        if entry.provider != name:
+            continue
+        schema = _contract.schema_of(entry.op)
+        if schema is None:
+            REGISTRY.undefined.add(entry.op)
+        elif wrong := _contract.fault(entry, schema, thorough):
+            found.append(wrong)
+    return found
+
+
 def _get(name: str) -> PluginStatus:
     if name not in _found:
         raise PluginError(f"no plugin named {name!r}; found: {', '.join(_found) or 'none'}")
@@ -154,6 +190,9 @@ def _load(record: PluginStatus, plugin: Any, strict: bool = False, announce: boo
         with REGISTRY.providing(name):
             calling("torchax_register_ops", registry=REGISTRY)
         _manager.check_pending()
+        if record.distribution.split(" ")[0] not in _TESTED and (wrong := faults(name)):
+            others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise PluginError(wrong[0] + others)
     except KeyboardInterrupt:
         raise
     except BaseException as error:

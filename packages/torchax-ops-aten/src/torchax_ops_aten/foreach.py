@@ -113,7 +113,7 @@ def foreach_pow_base(base, exponent):
 
 
 @lowering(aten._foreach_copy.default)
-def foreach_copy(xs, src):
+def foreach_copy(xs, src, non_blocking=False):
     """Each source in its target's shape."""
     return [jnp.broadcast_to(s.astype(x.dtype), x.shape) for x, s in zip(xs, src, strict=True)]
 
