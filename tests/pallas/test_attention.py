@@ -111,7 +111,9 @@ def test_through_torch():
     torch.testing.assert_close(found, run("cpu"), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("dropout", "words"), [(0.0, "platforms tpu and gpu"), (0.5, "dropout_p is 0.5")])
+@pytest.mark.parametrize(
+    ("dropout", "words"), [(0.0, "platforms tpu and gpu"), (0.5, "platforms tpu and gpu"), (1.0, "dropout_p must be")]
+)
 def test_required_says_what_failed(dropout, words):
     q = torch.randn(1, 2, 64, 64, device="jax")
     with torchax.config.override(pallas="required"), pytest.raises(lowerings.KernelUnavailable, match=words):
@@ -128,7 +130,8 @@ _PLAIN = (2, 4, 128, 64)
         ((_PLAIN,) * 3, {}, None),
         ((_PLAIN, (2, 2, 100, 64), (2, 2, 100, 80)), {"enable_gqa": True}, None),
         ((_PLAIN, (2, 2, 100, 64), (2, 2, 100, 64)), {}, "heads do not share"),
-        ((_PLAIN,) * 3, {"dropout_p": 0.1}, "dropout"),
+        ((_PLAIN,) * 3, {"dropout_p": 0.1}, None),
+        ((_PLAIN,) * 3, {"dropout_p": 1.0}, "dropout"),
         (((4, 128, 64),) * 3, {}, "dimensions"),
         (((2, 4, 8, 64), _PLAIN, _PLAIN), {}, "too few"),
         (((2, 4, 128, 512),) * 3, {}, "wide"),

@@ -84,6 +84,34 @@ def test_a_whole_lowering_of_a_late_plugin():
     torch.testing.assert_close(F.cosine_similarity(x, x).cpu(), torch.ones(2))
 
 
+def test_a_composite_lowering_calls_other_ops_before_autograd():
+    """It draws random numbers, which a whole lowering of arrays cannot, and has the gradients of its parts."""
+
+    def noisy(x, y, dim=1, eps=1e-8):
+        return (x * y).sum(dim) + torch.rand(x.shape[0], device=x.device)
+
+    class Composite:
+        @torchax.hookspecs.hookimpl
+        def torchax_register_ops(self, registry):
+            registry.add(Lowering(op="aten::cosine_similarity", fn=noisy, whole=True, kind="composite"))
+
+    x = torch.ones(2, 3, device="jax", requires_grad=True)
+    torchax.plugins.register(Composite(), "composite")
+    try:
+        torch.manual_seed(0)
+        found = [F.cosine_similarity(x, x) for _ in range(2)]
+        with torch.inference_mode():
+            found.append(F.cosine_similarity(x, x))
+        compiled = torchax.compile(F.cosine_similarity)
+        found += [compiled(x, x) for _ in range(2)]
+        assert len({tuple(t.tolist()) for t in found}) == 5 and all(((t >= 3) & (t < 4)).all() for t in found)
+        for t in (found[0], found[4]):
+            (g,) = torch.autograd.grad(t.sum(), x)
+            assert (g == 2).all()
+    finally:
+        torchax.plugins.disable("composite")
+
+
 def test_a_dispatch_mode_sees_the_ops_that_it_sees_on_cpu():
     class Seen(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

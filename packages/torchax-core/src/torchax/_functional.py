@@ -152,6 +152,8 @@ class FunctionalRule:
         entry = self._choose(args, kwargs, index)
         if entry is None and self.entries:  # no condition holds: torch's decomposition, which takes numbers as numbers
             return Entry(None, FunctionalRule(func, lowered=False), None, (), index, None)
+        if entry is not None and entry.kind == "composite":
+            return Entry(None, lambda a, k: entry.fn(*a, **k), None, (), index, None)
         template = self.signature.template(args, kwargs, everything=entry is None and self.element is None)
         if entry is None and self.element is None and is_composite_implicit(func):
             return Entry(None, lambda a, k: func.decompose(*a, **k), None, template, index, None)
@@ -209,9 +211,10 @@ class FunctionalRule:
         return resolved
 
     def resolve_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
-        """As `resolve`, for the kernel that keeps a composite op whole: without a program where no lowering's condition holds."""
+        """As `resolve`, for the kernel that keeps a composite op whole: torch's parts where no lowering's condition holds."""
         if self._choose(args, kwargs, device_index(self.func, args, kwargs)) is None:
-            return Entry(None, lambda a, k: self.func.decompose(*a, **k), None, (), 0, None)
+            parts = torch._C.DispatchKey.CompositeImplicitAutograd
+            return Entry(None, lambda a, k: self.func._op_dk(parts, *a, **k), None, (), 0, None)
         return self.resolve(args, kwargs)
 
     def _choose(self, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> Lowering | None:

@@ -17,7 +17,7 @@ import torch
 
 from .errors import PluginError
 
-Kind = Literal["functional", "view", "views", "stateful", "dynamic"]
+Kind = Literal["functional", "view", "views", "stateful", "dynamic", "composite"]
 Promotion = Literal["default", "keep", "int_to_float", "always_bool", "complex_to_float", "bool_to_long"]
 Op = "torch._ops.OpOverload | torch._ops.OpOverloadPacket | str"
 
@@ -33,7 +33,7 @@ class Lowering:
             ``view``: an alias of its base, read by `fn` and written by `inverse`; ``views``: several aliases, `fn`
             lists them as calls of single views; ``stateful``: also writes the arguments `writes` or draws random
             numbers; ``dynamic``: the result's shape depends on values, so `fn` runs outside of ``jax.jit``. Of results in
-            NumPy the strides are kept.
+            NumPy the strides are kept; ``composite``: `fn` takes tensors and calls other ops, before autograd if `whole`.
         promote: torch's type promotion, done before `fn` is called; None hands operands over as they are.
         promote_only: names of the arguments that take part in the promotion; empty means all tensors and numbers.
         static: names of ``Scalar`` arguments that decide the program and are compiled in.

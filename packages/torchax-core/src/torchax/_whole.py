@@ -46,8 +46,8 @@ def whole_kernel(op: Any) -> Callable[..., Any]:
         served = rule.cache.get(key)
         if served is None:
             served = rule.cache[key] = rule.resolve_whole(args, kwargs)
-        if served.program is None:
-            return op._op_dk(_COMPOSITE, *args, **kwargs)
+        if served.program is None:  # taken apart, by torch or by a lowering
+            return served.apply(args, kwargs)
         if torch.is_grad_enabled():
             tensors = [o for o in operands if type(o) is Tensor]
             if any([t.requires_grad for t in tensors]):

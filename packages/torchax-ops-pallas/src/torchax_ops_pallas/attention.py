@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .masked import masked_attention
 from .splash import Band, splash_attention
@@ -19,18 +20,24 @@ def attention(
     *,
     causal: bool,
     scale: float,
+    dropout: float = 0.0,
+    seed: jax.Array | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """Attention over ``[batch, heads, length, features]``: see `masked_attention` and `splash_attention`."""
+    if dropout and mask is None:
+        mask = jnp.ones((1, key.shape[2]), jnp.int8)
+    options: dict[str, Any] = {"causal": causal, "scale": scale, "interpret": interpret}
 
-    def attend(query, key, value, *mask):
-        if mask:
-            return masked_attention(query, key, value, *mask, causal=causal, scale=scale, interpret=interpret)
+    def attend(query, key, value, *rest):
+        if rest:
+            mask, *seeds = rest
+            return masked_attention(query, key, value, mask, dropout=dropout, seed=(*seeds, None)[0], **options)
         return splash_attention(
             query, key, value, band=Band(None, 0 if causal else None), scale=scale, interpret=interpret
         )
 
-    return _narrow(attend)(query, key, value, *(() if mask is None else (mask,)))
+    return _narrow(attend)(query, key, value, *(x for x in (mask, seed if dropout else None) if x is not None))
 
 
 def banded_attention(query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:

@@ -37,7 +37,7 @@ def unfit(
     if reason is not None:
         return reason
     return _first_no(
-        (dropout_p == 0.0, lambda: f"the kernels have no dropout, dropout_p is {dropout_p}"),
+        (0 <= dropout_p < 1, lambda: f"dropout_p must be at least 0 and less than 1, it is {dropout_p}"),
         (
             all(1 <= t.shape[3] <= WIDEST for t in (query, value)),
             lambda: f"heads must be 1 to {WIDEST} wide, they are {_widths(query, key, value)}",

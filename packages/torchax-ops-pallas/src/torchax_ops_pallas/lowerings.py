@@ -14,7 +14,8 @@ _SDPA = aten.scaled_dot_product_attention.default
 choice = Choice("scaled_dot_product_attention", unfit, unfit_on_gpu=unfit_on_gpu)
 
 
-def _scale(query: Any, scale: float | None) -> float:
+def scale_of(query: Any, scale: float | None) -> float:
+    """The factor of the scores."""
     return float(query.shape[-1] ** -0.5 if scale is None else scale)
 
 
@@ -25,7 +26,7 @@ def flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
     from .attention import attention
 
     interpret = mode() == "interpret"
-    return attention(query, key, value, attn_mask, causal=is_causal, scale=_scale(query, scale), interpret=interpret)
+    return attention(query, key, value, attn_mask, causal=is_causal, scale=scale_of(query, scale), interpret=interpret)
 
 
 @lowering(_SDPA, whole=True, platforms=("gpu",), when=choice.on_gpu, priority=10)
@@ -33,7 +34,7 @@ def cudnn_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
     """Attention in cuDNN, on NVIDIA's GPUs."""
     from . import cudnn
 
-    return cudnn.cudnn_attention(query, key, value, attn_mask, causal=is_causal, scale=_scale(query, scale))
+    return cudnn.cudnn_attention(query, key, value, attn_mask, causal=is_causal, scale=scale_of(query, scale))
 
 
 @lowering(_SDPA, whole=True, when=choice.required, priority=8)

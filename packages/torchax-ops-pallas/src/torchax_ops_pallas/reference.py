@@ -17,6 +17,8 @@ def attention(
     scale: float = 1.0,
     window: int | None = None,
     soft_cap: float | None = None,
+    kept: jax.Array | None = None,
+    dropout: float = 0.0,
 ) -> jax.Array:
     """``softmax(query @ key.T * scale + mask) @ value``, zeros where a query sees nothing.
 
@@ -29,6 +31,8 @@ def attention(
         scale: factor of the scores.
         window: how many keys up to its own a query sees.
         soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)`` before they are masked.
+        kept: bool, like the scores: the weights that dropout keeps; None for all.
+        dropout: its probability, by whose rest the weights are divided.
 
     Returns:
         ``[..., heads, L, V]`` in the dtype of `query`; computed in float32, or float64 if given that.
@@ -51,6 +55,8 @@ def attention(
     weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0, top))
     total = weights.sum(-1, keepdims=True)
     weights = weights / jnp.where(total == 0, 1, total)
+    if kept is not None:
+        weights = jnp.where(kept, weights / (1 - dropout), 0)
     return jnp.einsum("...ls,...sv->...lv", weights, value, precision="highest").astype(query.dtype)
 
 
