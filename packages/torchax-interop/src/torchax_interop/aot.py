@@ -71,7 +71,7 @@ def aot_compile(
     rules = data_parallel(grid.axis_names[0]) if shardings is None else shardings
     modules, optimizers = reachable_owners(fn_or_module)
     inference = isinstance(fn_or_module, torch.nn.Module)
-    with abstracted(modules, optimizers, grid, rules) as state, _target(inference):
+    with abstracted(modules, optimizers, grid, rules) as state, _target(inference, grid):
         lowered, jaxpr, held = _lowered(fn_or_module, tuple(example_args), grid, state)
         try:
             with _without_cache():
@@ -109,8 +109,12 @@ def _argument(x: torch.Tensor, mesh: Mesh, batch: tuple[str, ...]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _target(inference: bool) -> Iterator[None]:
-    with convert.compiling_for("tpu"), torch.set_grad_enabled(torch.is_grad_enabled() and not inference):
+def _target(inference: bool, mesh: Mesh) -> Iterator[None]:
+    with (
+        convert.compiling_for("tpu"),
+        jax.sharding.use_abstract_mesh(mesh.abstract_mesh),  # kernels ask it for the kind of the device
+        torch.set_grad_enabled(torch.is_grad_enabled() and not inference),
+    ):
         yield
 
 
