@@ -13,13 +13,6 @@ pytest.importorskip("torchax_ops_pallas")
 from torchax_ops_pallas import reference
 from torchax_ops_pallas.grouped import grouped_matmul, grouped_outer
 from torchax_ops_pallas.lowerings import KernelUnavailable
-from torchax_ops_pallas.matmul_lowerings import choice
-
-
-@pytest.fixture(autouse=True)
-def _nothing_divided(monkeypatch):
-    """As in a process where no tensor was laid out over devices, whatever ran in this one before."""
-    monkeypatch.setattr(torchax._sharding.pins, "epoch", 0)
 
 
 def _value_and_gradients(function, arrays, dtype):
@@ -96,11 +89,3 @@ def test_grouped_mm_splits_columns_of_bfloat16():
     torch.testing.assert_close(found.cpu(), expected)
     with pytest.raises(RuntimeError, match="Bias not supported yet"):
         torch._grouped_mm(x.to("jax"), w.to("jax"), offs=offs.to("jax"), bias=w[0].to("jax"))
-
-
-def test_no_kernel_for_groups_where_xla_would_have_to_divide_it(monkeypatch):
-    x, w = jax.ShapeDtypeStruct((3, 16), jnp.float32), jax.ShapeDtypeStruct((3, 16, 16), jnp.float32)
-    offs = jax.ShapeDtypeStruct((3,), jnp.int32)
-    assert choice.on_tpu(x, w, offs)
-    monkeypatch.setattr(torchax._sharding.pins, "epoch", 1)  # as shard_module does
-    assert "jax_shard_map" in (choice.on_tpu.refusal(x, w, offs) or "")

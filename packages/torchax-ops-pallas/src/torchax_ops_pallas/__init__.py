@@ -35,13 +35,10 @@ class PallasPlugin:
     @hookimpl
     def torchax_register_ops(self, registry: Any) -> None:
         """Add the lowerings that choose kernels."""
-        from . import bands, dropout_lowerings, lowerings, matmul_lowerings, paged
+        from . import bands, dropout_lowerings, lowerings, matmul_lowerings, paged, ragged
 
-        registry.collect(lowerings)
-        registry.collect(dropout_lowerings)
-        registry.collect(bands)
-        registry.collect(paged)
-        registry.collect(matmul_lowerings)
+        for module in (lowerings, dropout_lowerings, bands, paged, ragged, matmul_lowerings):
+            registry.collect(module)
 
 
 plugin = PallasPlugin()

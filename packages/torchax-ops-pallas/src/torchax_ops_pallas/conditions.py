@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo  # jax.nn has it loaded; what JAX knows of cuDNN is nowhere else
 from torchax.convert import platform, portable
 from torchax.errors import TorchaxError
-from torchax.ops import divided
 
 from .settings import mode
 
@@ -198,7 +197,6 @@ class Choice:
         unfit: why no kernel can serve a call, whatever the platform; None if one can.
         kernel: what fits, in words.
         one: the same, where kernels have been spoken of.
-        divisible: XLA may divide the kernel over devices.
         unfit_on_gpu: as `unfit`, of a kernel for GPUs, if there is one.
 
     Attributes:
@@ -214,10 +212,9 @@ class Choice:
         unfit: Callable[..., str | None],
         kernel: str = "a kernel",
         one: str = "one",
-        divisible: bool = True,
         unfit_on_gpu: Callable[..., str | None] | None = None,
     ):
-        self._name, self._unfit, self._divisible, self._unfit_on_gpu = name, unfit, divisible, unfit_on_gpu
+        self._name, self._unfit, self._unfit_on_gpu = name, unfit, unfit_on_gpu
         self.on_tpu = Condition(f"{kernel} fits", self._on_tpu)
         self.on_gpu = Condition("cuDNN's kernel fits", self._on_gpu)
         self.interpreted = Condition(f"kernels are interpreted and {one} fits", self._interpreted)
@@ -226,8 +223,6 @@ class Choice:
     def _on_tpu(self, *args: Any, **kwargs: Any) -> str | None:
         if mode() == "off":
             return "torchax.config.pallas is 'off'"
-        if not self._divisible and divided():
-            return "tensors are divided over devices, and XLA cannot divide a kernel: call it in torchax.interop.jax_shard_map"
         return self._unfit(*args, **kwargs)
 
     def _on_gpu(self, *args: Any, **kwargs: Any) -> str | None:

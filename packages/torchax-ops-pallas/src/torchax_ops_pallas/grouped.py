@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 from .blocks import LANES, round_up
+from .dividing_groups import over_groups
 
 _WIDEST = 512  # the vector memory of every generation holds two of each block of this size
 
@@ -50,6 +51,27 @@ def _sizes(ends: jax.Array) -> jax.Array:
     return jnp.diff(ends.astype(jnp.int32), prepend=jnp.zeros(1, jnp.int32))
 
 
+def _matmul_of_part(x: jax.Array, matrices: jax.Array, ends: jax.Array) -> jax.Array:
+    with _traced(x):
+        return lax.ragged_dot(x, matrices, _sizes(ends), preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _outer_of_part(x: jax.Array, y: jax.Array, ends: jax.Array, interpret: bool) -> jax.Array:
+    with _traced(x):
+        x, y = _padded(x), _padded(y)
+        tiles = (_row_tile(x.shape[0]), *_tiles(x.shape[1], y.shape[1]))
+        return tgmm(x.T, y, _sizes(ends), x.dtype, tiles, interpret=interpret)
+
+
+def _transposed_of_part(x: jax.Array, matrices: jax.Array, ends: jax.Array, interpret: bool) -> jax.Array:
+    with _traced(x):
+        rows, padded = x.shape[0], _padded(x)
+        tiles = (_row_tile(padded.shape[0]), *_tiles(x.shape[1], matrices.shape[1]))
+        out = gmm(padded, matrices, _sizes(ends), x.dtype, tiles, transpose_rhs=True, interpret=interpret)[:rows]
+        inside = lax.broadcasted_iota(jnp.int32, (rows, 1), 0) < ends[-1].astype(jnp.int32)
+        return jnp.where(inside, out, jnp.zeros_like(out))  # the kernel does not write rows of no group
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(x: jax.Array, matrices: jax.Array, ends: jax.Array, interpret: bool = False) -> jax.Array:
     """``x[ends[g-1]:ends[g]] @ matrices[g]`` for each group g; zeros in rows of no group.
@@ -63,8 +85,7 @@ def grouped_matmul(x: jax.Array, matrices: jax.Array, ends: jax.Array, interpret
     Returns:
         ``[rows, N]`` in the dtype of `x`, accumulated in float32.
     """
-    with _traced(x):
-        return lax.ragged_dot(x, matrices, _sizes(ends), preferred_element_type=jnp.float32).astype(x.dtype)
+    return over_groups(_matmul_of_part, ("rk", "gkn"), "rn", x, matrices, ends)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -80,21 +101,14 @@ def grouped_outer(x: jax.Array, y: jax.Array, ends: jax.Array, interpret: bool =
     Returns:
         ``[groups, K, N]`` in the dtype of `x`, accumulated in float32; zeros for empty groups.
     """
-    with _traced(x):
-        x, y = _padded(x), _padded(y)
-        tiles = (_row_tile(x.shape[0]), *_tiles(x.shape[1], y.shape[1]))
-        return tgmm(x.T, y, _sizes(ends), x.dtype, tiles, interpret=interpret)
+    return over_groups(functools.partial(_outer_of_part, interpret=interpret), ("rk", "rn"), "gkn", x, y, ends)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _matmul_transposed(x: jax.Array, matrices: jax.Array, ends: jax.Array, interpret: bool) -> jax.Array:
     """`grouped_matmul` with matrices ``[groups, N, K]``, which are read where they lie."""
-    with _traced(x):
-        rows, padded = x.shape[0], _padded(x)
-        tiles = (_row_tile(padded.shape[0]), *_tiles(x.shape[1], matrices.shape[1]))
-        out = gmm(padded, matrices, _sizes(ends), x.dtype, tiles, transpose_rhs=True, interpret=interpret)[:rows]
-        inside = lax.broadcasted_iota(jnp.int32, (rows, 1), 0) < ends[-1].astype(jnp.int32)
-        return jnp.where(inside, out, jnp.zeros_like(out))  # the kernel does not write rows of no group
+    body = functools.partial(_transposed_of_part, interpret=interpret)
+    return over_groups(body, ("rn", "gkn"), "rk", x, matrices, ends)
 
 
 def _keep(product: Any) -> Any:

@@ -34,7 +34,7 @@ def _unfit(x: Any, mat2: Any, offs: Any = None, bias: Any = None, out_dtype: Any
     return next((words() for holds, words in conditions if not holds), None)
 
 
-choice = Choice("_grouped_mm", _unfit, "a kernel for groups", "one for groups", divisible=False)
+choice = Choice("_grouped_mm", _unfit, "a kernel for groups", "one for groups")
 
 
 @lowering(_GROUPED, platforms=("tpu",), when=choice.on_tpu, priority=10, meta=False)
