@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import threading
 from typing import Any
@@ -462,3 +463,19 @@ def test_lower_gives_the_program_and_leaves_everything_as_it_was():
     step(x)
     step.lower(x)
     assert step.cache_info().misses == 1
+
+
+def test_dataclasses_as_results():
+    @dataclasses.dataclass(frozen=True)
+    class Out:
+        value: Any
+        parts: Any
+        nothing: Any = None
+        n: int = 3
+
+    fn = torchax.compile(lambda x: Out(x * 2, [x + 1]))
+    x = torch.ones(2, device="jax")
+    first, second = fn(x), fn(x * 5)
+    assert type(second) is Out and second.value.tolist() == [10, 10] and second.parts[0].tolist() == [6, 6]
+    assert first.value.tolist() == [2, 2] and (first.nothing, first.n) == (None, 3)
+    assert fn.cache_info()[:2] == (1, 1)

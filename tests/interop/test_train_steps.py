@@ -223,3 +223,30 @@ def test_frozen_and_thawed_parameters() -> None:
             m[0].requires_grad_(i < 2 or i > 3)
         torch.testing.assert_close(compiled(x, y).detach(), steps[1](x, y).detach())
     assert_equal_state(model.state_dict(), twin.state_dict())
+
+
+def test_gradient_penalty_with_an_optimizer() -> None:
+    """The second derivative reads views of parameters, which the optimizer overwrites in the same step."""
+
+    def run(device: str, wrap: Any) -> tuple[float, dict[str, Any]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).to(device)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        x, y = torch.linspace(-1, 1, 40).view(5, 8).to(device), torch.tensor([0, 1, 2, 3, 0]).to(device)
+
+        def step(x: torch.Tensor) -> torch.Tensor:
+            optimizer.zero_grad()
+            x = x.detach().requires_grad_()
+            loss = F.cross_entropy(model(x), y)
+            (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+            (loss + grad.norm()).backward()
+            optimizer.step()
+            return loss.detach()
+
+        step = wrap(step)
+        return [step(x).item() for _ in range(3)][-1], model.state_dict()
+
+    loss, state = run("jax", torchax.compile)
+    want, want_state = run("cpu", lambda f: f)
+    assert loss == pytest.approx(want, rel=1e-4)
+    assert_equal_state(state, want_state)

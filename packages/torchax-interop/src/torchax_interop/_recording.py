@@ -72,7 +72,9 @@ class Recording(Traced):
         return super().read(tensor)
 
     def note(self, tensor: Tensor) -> None:
-        """Remember a parameter from outside that is read."""
+        """Remember a parameter from outside that is read, perhaps through a view."""
+        if tensor._base is not None and type(tensor._base) is Tensor:  # a backward reads views of what was saved
+            tensor = tensor._base
         known = tensor._s.owner is not None or id(tensor) in self.tensors
         if not known and tensor.is_leaf and (tensor.requires_grad or getattr(tensor, "_is_param", False)):
             self.tensors[id(tensor)] = tensor

@@ -5,6 +5,7 @@ A nest is taken apart into leaves and a spec. Specs are hashable and compare by 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -74,6 +75,10 @@ def _flatten_other(x: Any, kind: type, leaves: list[Any], known: dict[int, int] 
         names = tuple(x.__dict__)
         children = tuple([flatten(y, leaves, known, seen) for y in x.__dict__.values()])
         return Node(kind, names, children, lambda values: _new_object(kind, names, values))
+    if known is not None and _is_record(x, kind):
+        names = tuple([f.name for f in dataclasses.fields(x) if hasattr(x, f.name)])
+        children = tuple([flatten(getattr(x, name), leaves, known, seen) for name in names])
+        return Node(kind, names, children, lambda values: _new_record(kind, names, values))
     if torch_tree.tree_is_leaf(x) if not isinstance(x, jax.Array) else True:
         return _flatten_jax(x, kind, leaves, known, seen)
     children, spec = torch_tree.tree_flatten(x, is_leaf=lambda y: y is not x)
@@ -151,6 +156,24 @@ def is_object(kind: type) -> bool:
         names = {f"{c.__module__}.{c.__qualname__}" for c in kind.__mro__}
         found = _objects[kind] = bool(names & _CACHES) and kind not in torch_tree.SUPPORTED_NODES
     return found
+
+
+def _is_record(x: Any, kind: type) -> bool:
+    """Whether a result is a dataclass that holds a tensor and that nobody has registered: each call makes a new one."""
+    if not dataclasses.is_dataclass(kind) or not torch_tree.tree_is_leaf(x) or not jax.tree_util.all_leaves([x]):
+        return False
+    return any(
+        isinstance(y, Tensor | jax.Array)
+        for f in dataclasses.fields(kind)
+        for y in tree_leaves(getattr(x, f.name, None))
+    )
+
+
+def _new_record(kind: type, names: tuple[str, ...], values: list[Any]) -> Any:
+    x = object.__new__(kind)
+    for name, value in zip(names, values, strict=True):
+        object.__setattr__(x, name, value)  # frozen ones, too
+    return x
 
 
 _CACHES = frozenset(
