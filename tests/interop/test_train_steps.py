@@ -250,3 +250,38 @@ def test_gradient_penalty_with_an_optimizer() -> None:
     want, want_state = run("cpu", lambda f: f)
     assert loss == pytest.approx(want, rel=1e-4)
     assert_equal_state(state, want_state)
+
+
+def test_an_optimizer_that_counts_with_python_numbers() -> None:
+    class Corrected(torch.optim.Optimizer):
+        def __init__(self, params: Any):
+            super().__init__(params, {"lr": 0.1})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    state = self.state[p]
+                    if not state:
+                        state["step"], state["mean"] = 0, torch.zeros_like(p)
+                    state["step"] += 1
+                    state["mean"].mul_(0.9).add_(p.grad, alpha=0.1)
+                    p.sub_(group["lr"] * state["mean"] / (1 - 0.9 ** state["step"]))
+
+    def run(device: str, wrap: Any) -> torch.Tensor:
+        weight = nn.Parameter(torch.ones(2, device=device))
+        optimizer = Corrected([weight])
+
+        def step() -> None:
+            optimizer.zero_grad()
+            weight.square().sum().backward()
+            optimizer.step()
+
+        step = wrap(step)
+        for _ in range(10):
+            step()
+        return weight.detach().cpu()
+
+    with pytest.warns(UserWarning, match="'step' of an optimizer was changed, for the 8th time"):
+        found = run("jax", torchax.compile)
+    torch.testing.assert_close(found, run("cpu", lambda f: f))

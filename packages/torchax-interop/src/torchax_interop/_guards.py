@@ -20,6 +20,7 @@ _training_of = operator.itemgetter("training")
 _requires_grad_of = operator.attrgetter("requires_grad")
 _grad_of = operator.attrgetter("grad")
 GRADIENT = "a parameter has a gradient now"
+OF_OPTIMIZER = "of an optimizer was changed"
 plain_attributes = torch._C.DisableTorchFunctionSubclass  # within, torch's attributes are read twice as fast
 
 
@@ -96,7 +97,7 @@ class Guards:
             return "an optimizer has more parameters, or fewer, than before"
         for group, name, value in self.settings:
             if group.get(name) != value:
-                return f"{name!r} of an optimizer was changed"
+                return f"{name!r} {OF_OPTIMIZER}"
         for i in tensor_leaves:
             storage = leaves[i]._s
             if (storage in self.captured or i in self.replaced) and self.replaced.get(i) is not storage:

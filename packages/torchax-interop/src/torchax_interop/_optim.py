@@ -41,6 +41,10 @@ def _before(optimizer: Any, args: Any, kwargs: Any) -> None:
     first = id(optimizer) not in recording.optimizers
     if first:
         recording.undo.append(_forget_new_state(optimizer))
+        # counters that an optimizer keeps as Python numbers: constants of the program
+        recording.settings += [
+            (values, k, v) for values in optimizer.state.values() for k, v in values.items() if type(v) in (int, float)
+        ]
     recording.optimizers.setdefault(id(optimizer), (optimizer, optimizer.state, optimizer.param_groups))
     for group in optimizer.param_groups:
         if not any(type(p) is Tensor for p in group["params"]):

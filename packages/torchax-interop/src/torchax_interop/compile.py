@@ -21,7 +21,7 @@ from torchax.tensor import Tensor
 from ._buckets import Buckets
 from ._enter import under_jax
 from ._groups import Options
-from ._guards import GRADIENT
+from ._guards import GRADIENT, OF_OPTIMIZER
 from ._keys import Key, differences, key_of_call
 from ._plain import NUMBER
 from ._program import Program, assemble
@@ -162,7 +162,8 @@ class Compiled:
         else:
             nearest = min(reversed(self._keys), key=lambda old: (old[0] != key[0], len(differences(old, key))))
             reason = "; ".join(differences(nearest, key))
-        often = NUMBER in reason and sum(NUMBER in r for r in self._reasons) == _OFTEN
+        changing = lambda r: NUMBER in r or OF_OPTIMIZER in r
+        often = changing(reason) and sum(map(changing, self._reasons)) == _OFTEN
         if often or (not expected and self._on_retrace != "ignore"):
             message = f"{self._name()} is recorded and compiled again{user_line()}: {reason}"
             if self._on_retrace == "error":
