@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import pytest
 import torch
 import torchax
@@ -70,10 +71,134 @@ def test_required_and_what_is_not_known():
             flex_attention(*operands, block_mask=mask)
         with pytest.raises(KernelUnavailable, match="too few"):
             flex_attention(*[t[:, :, :32] for t in operands])
-        # what is no band goes the plain way, as does a call that asks for statistics
+        with pytest.raises(KernelUnavailable, match="score_mod is of no known form: it uses aten.sub"):
+            flex_attention(*operands, score_mod=lambda s, b, h, q, k: s - (q - k).abs())
+        with pytest.raises(KernelUnavailable, match="max_scores"):
+            flex_attention(*operands, return_aux=AuxRequest(max_scores=True))
+        with torch.autocast("jax"), pytest.raises(KernelUnavailable, match="autocast"):
+            flex_attention(*operands)
+        longer = torch.zeros(200, dtype=torch.int64, device="jax")
+        with pytest.raises(KernelUnavailable, match=r"documents of shape \[200\]"):
+            flex_attention(*operands, block_mask=_block(lambda b, h, q, k: longer[q] == longer[k]))
+    with torchax.config.override(pallas="interpret"):  # elsewhere it goes the plain way
         alibi = flex_attention(*operands, score_mod=lambda s, b, h, q, k: s - (q - k).abs())
-        out, aux = flex_attention(*operands, return_aux=AuxRequest(lse=True))
-    assert alibi.isfinite().all() and out.isfinite().all() and aux.lse.isfinite().all()
+        _, aux = flex_attention(*operands, return_aux=AuxRequest(lse=True, max_scores=True))
+    assert alibi.isfinite().all() and aux.lse.isfinite().all() and aux.max_scores.isfinite().all()
+
+
+def _block(mask, length=128):
+    return create_block_mask(mask, None, None, length, length, device="jax")
+
+
+def _documents(batch=None, length=128, dtype=torch.int32):
+    """Of uneven lengths; with a batch, others in each."""
+    ids = torch.tensor([3 * i * i // 100 for i in range(length)], dtype=dtype)
+    return (ids if batch is None else torch.stack([ids, *[ids.flip(0)] * (batch - 1)])).to("jax")
+
+
+def _masks():
+    shared, each, far = _documents(), _documents(2), _documents(dtype=torch.int64) << 32
+    return {
+        "documents": (lambda b, h, q, k: shared[q] == shared[k], lambda q, k, b: shared[q] == shared[k]),
+        "causal documents": (
+            lambda b, h, q, k: (q >= k) & (shared[q] == shared[k]),
+            lambda q, k, b: (q >= k) & (shared[q] == shared[k]),
+        ),
+        "documents of each batch": (
+            lambda b, h, q, k: (each[b, q] == each[b, k]) & (q - k < 20),
+            lambda q, k, b: (each[b, q] == each[b, k]) & (q - k < 20),
+        ),
+        "64-bit documents": (lambda b, h, q, k: far[q] == far[k], lambda q, k, b: far[q] == far[k]),
+        "prefix": (lambda b, h, q, k: (k < 37) | (k <= q), lambda q, k, b: (k < 37) | (k <= q)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [
+        ("documents", True),
+        ("causal documents", False),
+        ("documents of each batch", True),
+        ("64-bit documents", True),
+        ("prefix", False),
+    ],
+)
+def test_documents_prefixes_and_statistics(name, compiled, monkeypatch):
+    """Values, logarithms of sums, and gradients through both, where no scores can be held: `math_attention` is gone."""
+    mask, seen = _masks()[name]
+    torch.manual_seed(0)
+    exact = [torch.randn(2, n, 128, 16, dtype=torch.float64, requires_grad=True) for n in (2, 1, 1)]
+    q, k = torch.arange(128)[:, None], torch.arange(128)
+    visible = torch.stack([seen(q.to("jax"), k.to("jax"), b).cpu().expand(128, 128) for b in range(2)])
+    keys, values = (t.repeat_interleave(2, 1) for t in exact[1:])
+    scores = (exact[0] @ keys.mT / 4).masked_fill(~visible[:, None], -torch.inf)
+    expected, lse = scores.softmax(-1) @ values, scores.logsumexp(-1)
+    weights = torch.randn(expected.shape, dtype=torch.float64), torch.randn(lse.shape, dtype=torch.float64)
+    grads = torch.autograd.grad((expected * weights[0]).sum() + (lse * weights[1]).sum(), exact)
+    block = _block(mask)
+
+    def run(*qkv):
+        out, aux = flex_attention(*qkv, block_mask=block, enable_gqa=True, return_aux=AuxRequest(lse=True))
+        loss = sum((x * w.float().to("jax")).sum() for x, w in zip((out, aux.lse), weights, strict=True))
+        return out.detach(), aux.lse.detach(), *torch.autograd.grad(loss, qkv)
+
+    def gone(*_):
+        raise AssertionError("no kernel")
+
+    import torchax_interop.flex
+
+    monkeypatch.setattr(torchax_interop.flex, "math_attention", gone)
+    ours = [t.detach().float().to("jax").requires_grad_() for t in exact]
+    with torchax.config.override(pallas="interpret"):
+        found = (torchax.compile(run) if compiled else run)(*ours)
+    for a, b in zip(found, (expected, lse, *grads), strict=True):
+        torch.testing.assert_close(a.cpu().double(), b.detach(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["causal documents", "documents of each batch", "prefix"])
+def test_the_parts_mean_the_same(name):
+    mask, _ = _masks()[name]
+    operands = [torch.randn(2, 1, 128, 16, device="jax", requires_grad=True) for _ in range(3)]
+    found = []
+    for mode in ("interpret", "off"):
+        with torchax.config.override(pallas=mode):
+            out, lse = flex_attention(*operands, block_mask=_block(mask), return_lse=True)
+            (g,) = torch.autograd.grad(out.square().sum() + lse.sum(), operands[0], create_graph=True)
+            found.append((out, lse, g, torch.autograd.grad(g.square().sum(), operands[1])[0]))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+def test_divided_over_devices(monkeypatch):
+    monkeypatch.setattr(torchax._sharding, "_batch_axes", {})
+    if len(jax.devices()) < 4:
+        pytest.skip("needs several JAX devices; XLA_FLAGS was set from outside")
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    documents = _documents(2)
+    block = _block(lambda b, h, q, k: (q >= k) & (documents[b, q] == documents[b, k]))
+
+    class Attend(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(32, 64) for _ in range(3))
+            self.o_proj = torch.nn.Linear(64, 32)
+
+        def forward(self, x):
+            q, k, v = (p(x).unflatten(-1, (4, 16)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+            out, lse = flex_attention(q, k, v, block_mask=block, return_lse=True)
+            return self.o_proj(out.transpose(1, 2).flatten(2)) + lse.mean()
+
+    torch.manual_seed(0)
+    model, x = Attend().to("jax"), torch.randn(2, 128, 32, device="jax")
+    expected = model(x)
+    expected.square().sum().backward()
+    gradient = model.q_proj.weight.grad
+    model.zero_grad()
+    with torchax.config.override(pallas="interpret"):
+        model = interop.shard_module(model, mesh, interop.tensor_parallel("model"))
+        found = torchax.compile(model)(interop.shard_batch(x, mesh))
+        found.square().sum().backward()
+    torch.testing.assert_close(found.detach().cpu(), expected.detach().cpu(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.q_proj.weight.grad.cpu(), gradient.cpu(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -121,3 +246,26 @@ def test_the_tpu_compiler_holds_no_scores(topology):
     found = interop.aot_compile(step, tuple(operands), topology, mesh={"data": 1})
     assert sorted(found.kernels.values()) == [1, 1, 1] and all("splash" in name for name in found.kernels)
     assert found.temporary_bytes < 64 * 2**20  # 8 heads' scores of 8,192 tokens take 2 GiB
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("name", ["causal documents", "prefix"])
+def test_the_tpu_compiler_takes_documents_prefixes_and_statistics(name):
+    pytest.importorskip("libtpu")
+
+    def step(query, key, value, documents):
+        masks = {
+            "causal documents": lambda b, h, q, k: (q >= k) & (documents[b, q] == documents[b, k]),
+            "prefix": lambda b, h, q, k: (q >= k) | (k < 300),
+        }
+        block = create_block_mask(lambda b, h, q, k: q >= k, None, None, 1024, 1024, device="jax")
+        block.mask_mod = masks[name]
+        out, lse = flex_attention(query, key, value, block_mask=block, enable_gqa=True, return_lse=True)
+        return torch.autograd.grad(out.float().square().mean() + lse.mean(), (query, key, value))
+
+    operands = [torch.empty(2, n, 1024, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (4, 2, 2)]
+    documents = torch.zeros(2, 1024, dtype=torch.int64, device="meta")
+    with torchax.config.override(pallas="required"):
+        found = interop.aot_compile(step, (*operands, documents), "v5e:2x2", mesh={"data": 1})
+    assert sorted(found.kernels.values()) == [1, 1, 1] and all("splash" in kernel for kernel in found.kernels)
+    assert found.temporary_bytes < 16 * 2**20  # the scores take 32 MiB

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -40,16 +39,32 @@ def attention(
     return _narrow(attend)(query, key, value, *(x for x in (mask, seed if dropout else None) if x is not None))
 
 
-def banded_attention(query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
-    """`splash_attention`, with its options."""
-    return _narrow(functools.partial(splash_attention, **options))(query, key, value)
+def banded_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, documents: jax.Array | None, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`splash_attention` with its options and statistics; `documents` are ``[L]`` or ``[batch, L]``, of any integers."""
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array, *ids: jax.Array) -> Any:
+        found = (*ids, None)[0]
+        return splash_attention(query, key, value, documents=found, statistics=True, **options)
+
+    ids = () if documents is None else (jnp.broadcast_to(_numbered(documents), (query.shape[0], query.shape[2])),)
+    return _narrow(attend)(query, key, value, *ids)
+
+
+def _numbered(documents: jax.Array) -> jax.Array:
+    """Numbers of 32 bits, equal where those of the documents are."""
+    if documents.dtype.itemsize < 4 or documents.dtype == jnp.int32:
+        return documents.astype(jnp.int32)
+    rank = lambda row: jnp.searchsorted(jnp.sort(row), row).astype(jnp.int32)
+    return rank(documents) if documents.ndim == 1 else jax.vmap(rank)(documents)
 
 
 def _narrow(function: Any) -> Any:
     """`function` of arrays, traced in 32-bit mode, and its gradient, too."""
 
     @jax.custom_vjp
-    def call(*operands: jax.Array) -> jax.Array:
+    def call(*operands: jax.Array) -> Any:
         with jax.enable_x64(False):
             return function(*operands)
 
@@ -67,8 +82,11 @@ def _narrow(function: Any) -> Any:
 
     def backward(saved: Any, grad: Any) -> Any:
         pull, perturbed = saved
-        if isinstance(grad, jax.custom_derivatives.SymbolicZero):
+        leaves, tree = jax.tree.flatten(grad, is_leaf=lambda g: isinstance(g, jax.custom_derivatives.SymbolicZero))
+        zero = [isinstance(g, jax.custom_derivatives.SymbolicZero) for g in leaves]
+        if all(zero):
             return tuple(None for _ in perturbed)
+        grad = tree.unflatten([jnp.zeros(g.shape, g.dtype) if z else g for g, z in zip(leaves, zero, strict=True)])
         with jax.enable_x64(False):
             found = iter(pull(grad))
         return tuple(None if p is None else next(found) for p in perturbed)

@@ -17,17 +17,19 @@ from .dividing import over_batch_and_heads
 
 
 class Band(NamedTuple):
-    """Query i sees key j if ``-right <= i - j <= left``; None is no bound. Causal attention is ``Band(None, 0)``."""
+    """Query i sees key j if ``-right <= i - j <= left`` or ``j < prefix``; None is no bound. Causal attention is ``Band(None, 0)``."""
 
     left: int | None = None
     right: int | None = None
+    prefix: int = 0
 
     def pairs(self, length: int, keys: int) -> int:
         """How many pairs of a query and a key that it sees there are."""
         rows = np.arange(length)
         first = np.zeros_like(rows) if self.left is None else np.maximum(rows - self.left, 0)
         end = np.full_like(rows, keys) if self.right is None else np.minimum(rows + self.right + 1, keys)
-        return int(np.maximum(end - first, 0).sum())
+        prefix = min(self.prefix, keys)
+        return int((np.maximum(end - np.maximum(first, prefix), 0) + prefix).sum())
 
 
 class _Visible(masks._ComputableMask):
@@ -42,7 +44,7 @@ class _Visible(masks._ComputableMask):
                 seen = seen & (columns - rows <= band.right)
             if band.left is not None:
                 seen = seen & (rows - columns <= band.left)
-            return seen
+            return seen | (columns < min(band.prefix, keys)) if band.prefix else seen
 
         super().__init__(shape, visible)
 
@@ -61,9 +63,11 @@ def splash_attention(
     band: Band,
     scale: float,
     soft_cap: float | None = None,
+    documents: jax.Array | None = None,
+    statistics: bool = False,
     blocks: Blocks | None = None,
     interpret: Any = False,
-) -> jax.Array:
+) -> Any:
     """Attention without a mask tensor; both ways are kernels, and grouped heads are not repeated.
 
     Args:
@@ -73,11 +77,13 @@ def splash_attention(
         band: which keys a query sees; at least one.
         scale: factor of the scores.
         soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)``; None leaves them.
+        documents: ``int32[batch, L]``, where there are as many keys as queries: queries see keys of the same number alone.
+        statistics: give the logarithm of the sum of exponentials of each query's scores, too, which may have gradients.
         blocks: block sizes; None for those of the table.
         interpret: run as plain JAX operations (True), or in the TPU interpreter (its parameters).
 
     Returns:
-        ``[batch, heads, L, V]`` in the dtype of `query`.
+        ``[batch, heads, L, V]`` in the dtype of `query`; with `statistics` also ``float32[batch, heads, L]``.
     """
     length, features = query.shape[2:]
     keys = key.shape[2]
@@ -89,10 +95,14 @@ def splash_attention(
     )
     # The kernel mixes bfloat16 and float32 operands, whose products must not follow the precision set for float32 ones.
     precision = jax.config.jax_default_matmul_precision if query.dtype == jnp.float32 else "default"  # pyright: ignore[reportAttributeAccessIssue]
-    call = _Call(visible, band.pairs(length, keys), b, soft_cap, precision, interpret)
+    call = _Call(visible, band.pairs(length, keys), b, soft_cap, statistics, precision, interpret)
     query = (query * jnp.asarray(scale, jnp.float32).astype(query.dtype)) if scale != 1.0 else query
-    out: Any = _attend(call, _pad(query, rows), _pad(key, columns), _pad(value, columns))
-    return jax.lax.slice_in_dim(out, 0, length, axis=2)
+    # queries beyond the length see what the last one sees: somebody must be seen
+    pad_ids = lambda ids, n: jnp.pad(ids, ((0, 0), (0, n - length)), mode="edge")
+    ids = () if documents is None else (pad_ids(documents, rows), pad_ids(documents, columns))
+    found: Any = _attend(call, (_pad(query, rows), _pad(key, columns), _pad(value, columns), *ids))
+    out, *lse = (jax.lax.slice_in_dim(x, 0, length, axis=2) for x in found)
+    return (out, *lse) if statistics else out
 
 
 class _Call(NamedTuple):
@@ -102,6 +112,7 @@ class _Call(NamedTuple):
     pairs: int
     blocks: Blocks
     soft_cap: float | None
+    statistics: bool
     precision: Any
     interpret: Any
 
@@ -142,39 +153,85 @@ def _run(
     return over_batch_and_heads(precise, inputs, outputs, *operands)
 
 
-def _forward(call: _Call, query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
-    def splash_forward(query: Any, key: Any, value: Any) -> Any:
-        out, (lse,) = call.kernel(query.shape[0], save_residuals=True)(query, key, value)
+_QKV = ("bhqd", "bgkd", "bgkv")
+
+
+def _segments(ids: tuple[jax.Array, ...]) -> splash.SegmentIds | None:
+    return splash.SegmentIds(*ids) if ids else None
+
+
+def _forward(call: _Call, *operands: jax.Array) -> Any:
+    def splash_forward(query: Any, key: Any, value: Any, *ids: Any) -> Any:
+        out, (lse,) = call.kernel(query.shape[0], save_residuals=True)(query, key, value, _segments(ids))
         return out, lse
 
-    return _run(call, splash_forward, ("bhqd", "bgkd", "bgkv"), ("bhqv", "bhq"), 2, query, key, value)
+    inputs = (*_QKV, "bq", "bk")[: len(operands)]
+    return _run(call, splash_forward, inputs, ("bhqv", "bhq"), 2, *operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: _Call, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    def splash_attention(query: Any, key: Any, value: Any) -> Any:
-        return (call.kernel(query.shape[0])(query, key, value),)
+def _attend(call: _Call, operands: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def splash_attention(query: Any, key: Any, value: Any, *ids: Any) -> Any:
+        return (call.kernel(query.shape[0])(query, key, value, _segments(ids)),)
 
-    return _run(call, splash_attention, ("bhqd", "bgkd", "bgkv"), ("bhqv",), 2, query, key, value)[0]
-
-
-def _attend_forward(call: _Call, query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
-    out, lse = _forward(call, query, key, value)
-    return out, (query, key, value, out, lse)
+    if call.statistics:
+        return _forward(call, *operands)
+    inputs = (*_QKV, "bq", "bk")[: len(operands)]
+    return _run(call, splash_attention, inputs, ("bhqv",), 2, *operands)
 
 
-def _attend_backward(call: _Call, saved: Any, grad: jax.Array) -> Any:
-    def splash_backward(query: Any, key: Any, value: Any, out: Any, lse: Any, grad: Any) -> Any:
-        kernel = call.kernel(query.shape[0])
-        saved = (query, key, value, None, None, out, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
-        return splash._splash_attention_bwd(**kernel.kwargs, res=saved, do=grad)[3:6]
+def _attend_forward(call: _Call, operands: tuple[jax.Array, ...]) -> Any:
+    out, lse = _forward(call, *operands)
+    return (out, lse) if call.statistics else (out,), (operands, out, lse)
 
-    inputs = ("bhqd", "bgkd", "bgkv", "bhqv", "bhq", "bhqv")
+
+def _attend_backward(call: _Call, saved: Any, grads: tuple[jax.Array, ...]) -> Any:
+    operands, out, lse = saved
+
+    def splash_backward(query: Any, key: Any, value: Any, lse: Any, grad: Any, along: Any, *ids: Any) -> Any:
+        return _gradients(call.kernel(query.shape[0]), query, key, value, _segments(ids), lse, grad, along)
+
+    # the gradient of a score is its weight times (that of the weight - along); the logarithm's adds to it
+    along = (out.astype(jnp.float32) * grads[0].astype(jnp.float32)).sum(-1)
+    if call.statistics:
+        along = along - grads[1]
+    query, key, value, *ids = operands
+    inputs = (*_QKV, "bhq", "bhqv", "bhq", "bq", "bk")[: len(operands) + 3]
     # dq takes three products, dk and dv take four
-    return _run(call, splash_backward, inputs, ("bhqd", "bgkd", "bgkv"), 3.5, *saved, grad)
+    found = _run(call, splash_backward, inputs, _QKV, 3.5, query, key, value, lse, grads[0], along, *ids)
+    return ((*found, *(None for _ in ids)),)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _gradients(kernel: Any, query: Any, key: Any, value: Any, segments: Any, lse: Any, grad: Any, along: Any) -> Any:
+    """As JAX's own backward of the kernel, which has no way in for gradients of `lse`."""
+    o, sizes = kernel.kwargs, kernel.kwargs["block_sizes"]
+    operands = (query, key, value, segments, None, lse, grad, along)
+    common = {
+        "is_mqa": o["is_mqa"],
+        "mask_value": o["mask_value"],
+        "attn_logits_soft_cap": o["attn_logits_soft_cap"],
+        "q_layout": sizes.q_layout,
+        "k_layout": sizes.k_layout,
+        "v_layout": sizes.v_layout,
+        "mask_function": o["mask_function"],
+        "interpret": o["interpret"],
+    }
+    _, dk, dv = splash._splash_attention_bwd_dkv(
+        *operands,
+        bq=sizes.block_q_dkv,
+        bkv=sizes.block_kv_dkv,
+        bkv_compute=sizes.block_kv_dkv_compute,
+        mask_info=kernel.dkv_mask_info,
+        use_fused_bwd_kernel=False,
+        **common,
+    )
+    dq = splash._splash_attention_bwd_dq(
+        *operands, bq=sizes.block_q_dq, bkv=sizes.block_kv_dq, mask_info=kernel.dq_mask_info, **common
+    )
+    return dq, dk, dv
 
 
 def _pad(x: jax.Array, length: int) -> jax.Array:
