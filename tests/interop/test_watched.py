@@ -174,7 +174,7 @@ def test_a_number_that_the_function_changes(x: torch.Tensor) -> None:
         calls += 1
         return x * 2
 
-    with pytest.warns(UserWarning, match=r"fn changes 'calls', a Python number\. .*Count outside"):
+    with pytest.warns(UserWarning, match=r"fn changes 'calls', a Python number .*Count outside"):
         fn(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -209,3 +209,15 @@ def test_the_first_gradients_are_no_reason_to_complain() -> None:
         step()
     assert step.cache_info()[:2] == (2, 2)
     torch.testing.assert_close(weight.detach(), torch.full((2,), 0.6, device="jax"))
+
+
+def test_an_average_that_counts_on_cpu() -> None:
+    model = nn.Linear(2, 2).to("jax")
+    average = torch.optim.swa_utils.AveragedModel(model)
+
+    @torchax.compile
+    def update() -> None:
+        average.update_parameters(model)
+
+    with pytest.warns(UserWarning, match="changes 'n_averaged', a Python number or a buffer on CPU"):
+        update()

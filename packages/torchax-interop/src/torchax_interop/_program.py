@@ -38,7 +38,7 @@ class Program:
 
     Attributes:
         guards: when it may be used.
-        changed_numbers: names of Python numbers that the call has changed.
+        changed_numbers: names of Python numbers, and of buffers on CPU, that the call has changed.
         settled: the call left nothing new behind but gradients, so that the next one will look the same.
         tensors: parameters that it uses.
         mesh: the devices that it runs on, where they are several.
@@ -72,7 +72,7 @@ class Program:
             key for key, (_, g) in recorder.grads.items() if type(g) is Tensor and g._s in recording.captured
         }
         recorder.places.only(lambda t: type(t) is Tensor and t._s in recording.captured)
-        self.changed_numbers = recorder.places.plain.settle()
+        self.changed_numbers = [*recorder.places.plain.settle(), *recorder.written_on_cpu()]
         grads = {k: v for k, v in recorder.grads.items() if k in relevant}
         self.guards = Guards(recording, grads, recorder.places)
         self.guards.replaced = {

@@ -79,6 +79,9 @@ class Recorder:
         self.recording = Recording()
         self.places = Places(fn)
         self.places.plain.remember()
+        self.on_cpu = [
+            (name, t, t._version) for m in self.places.modules for name, t in m.named_buffers() if type(t) is not Tensor
+        ]
         self.grads: dict[int, tuple[torch.Tensor, Any]] = {
             id(t): (t, t.grad) for t in reachable_tensors(fn, leaves, known)
         }
@@ -106,6 +109,10 @@ class Recorder:
         finally:
             recording.closed = True
         return program, outs
+
+    def written_on_cpu(self) -> list[str]:
+        """Buffers on CPU that the call has written, by name."""
+        return [name for name, t, version in self.on_cpu if t._version != version]
 
     def restore(self) -> None:
         """Python's state as before the call (tensors have not been touched)."""

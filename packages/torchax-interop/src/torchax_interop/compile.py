@@ -32,8 +32,8 @@ _LIMIT = 16  # programs kept for one signature; the world around changes more of
 _REASONS = 100  # that `cache_info` remembers
 _OFTEN = 7  # recordings because of Python numbers, without a word about it
 _COUNTER = (
-    "{} changes {!r}, a Python number. That happens while it is recorded only: calls of the compiled program leave the number as "
-    "it is. Count outside of it, or in a tensor on device jax"
+    "{} changes {!r}, a Python number or a buffer on CPU. That happens while it is recorded only: calls of the compiled program "
+    "leave it as it is. Count outside of it, or in a tensor on device jax"
 )
 
 
