@@ -118,10 +118,11 @@ def test_a_gradient_is_refused(device):
 
 
 def _awkward():
-    """Sequences of no keys among others, entries of -1, garbage where nothing was written, a prime number of pages."""
+    """Sequences of no keys among others, entries that are no pages, garbage where nothing was written, a prime number of pages."""
     query, keys, values, lengths, page_indices = _operands(6, 4, 2, 128, 14, 8, 5)
     lengths[:] = torch.tensor([0, 17, 0, 0, 40, 0])
     page_indices[torch.arange(5) * 8 >= lengths[:, None]] = -1
+    page_indices[lengths <= 32, 4] = 99
     return query, keys, values, lengths, page_indices
 
 
