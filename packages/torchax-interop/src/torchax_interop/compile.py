@@ -20,6 +20,7 @@ from torchax.tensor import Tensor
 
 from ._buckets import Buckets
 from ._enter import under_jax
+from ._generate import Generation, generation
 from ._groups import Options
 from ._guards import GRADIENT, OF_OPTIMIZER
 from ._keys import Key, differences, key_of_call
@@ -44,7 +45,8 @@ class CacheInfo(NamedTuple):
         hits: calls served by a program.
         misses: recordings made.
         programs: programs held.
-        reasons: for every recording after the first, what was different, in words (the last 100).
+        reasons: for every recording after the first, what was different, in words (the last 100); and why `generate` ran
+            through transformers' own loop.
     """
 
     hits: int
@@ -324,6 +326,7 @@ def compile(fn: Any = None, former: CompileOptions | None = None, /, **options: 
 def _compile_module(module: torch.nn.Module, options: dict[str, Any]) -> torch.nn.Module:
     kind = type(module)
     compiled = Compiled(_ModuleCall(module), **options)
+    tokens = generation(kind, options)
 
     class CompiledModule(kind):  # type: ignore[misc,valid-type]
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -335,8 +338,13 @@ def _compile_module(module: torch.nn.Module, options: dict[str, Any]) -> torch.n
         def __reduce_ex__(self, protocol: Any) -> Any:
             return _compile_module, (module, options)
 
-        cache_info = staticmethod(compiled.cache_info)
-        cache_clear = staticmethod(compiled.cache_clear)
+        if tokens is not None:
+
+            def _sample(self, *args: Any, **kwargs: Any) -> Any:
+                return tokens.sample(super()._sample, *args, **kwargs)  # type: ignore[misc]
+
+        cache_info = staticmethod(functools.partial(_total, compiled, tokens))
+        cache_clear = staticmethod(functools.partial(_clear, compiled, tokens))
         lower = staticmethod(compiled.lower)
 
     CompiledModule.__name__, CompiledModule.__qualname__, CompiledModule.__module__ = (
@@ -347,7 +355,24 @@ def _compile_module(module: torch.nn.Module, options: dict[str, Any]) -> torch.n
     CompiledModule.__doc__ = kind.__doc__
     twin = object.__new__(CompiledModule)
     object.__setattr__(twin, "__dict__", module.__dict__)  # one and the same: parameters, training flag, hooks
+    if tokens is not None:
+        tokens.model = twin
     return twin
+
+
+def _total(compiled: Compiled, tokens: Generation | None) -> CacheInfo:
+    """Of a module's own calls and of `generate` together."""
+    if tokens is None:
+        return compiled.cache_info()
+    infos = [p.cache_info() for p in (compiled, *tokens.programs)]
+    reasons = [r for i in infos for r in i.reasons]
+    return CacheInfo(*[sum(i[k] for i in infos) for k in range(3)], tuple(reasons) + tuple(tokens.refusals))
+
+
+def _clear(compiled: Compiled, tokens: Generation | None) -> None:
+    compiled.cache_clear()
+    if tokens is not None:
+        tokens.clear()
 
 
 class _ModuleCall:
