@@ -138,7 +138,9 @@ def test_sampling() -> None:
     many = PROMPT[:1].repeat(4000, 1)
     found = compiled.generate(many.to("jax"), **{**options, "max_new_tokens": 1})[:, 5].cpu()
     scores = cpu(PROMPT[:1]).logits[:, -1] / 1.5
-    scores = logits_process.TopPLogitsWarper(0.95)(None, logits_process.TopKLogitsWarper(12)(None, scores))
+    warpers: list[Any] = [logits_process.TopKLogitsWarper(12), logits_process.TopPLogitsWarper(0.95)]
+    for warper in warpers:
+        scores = warper(PROMPT[:1], scores)
     expected = scores.softmax(-1)[0]
     counts = torch.bincount(found, minlength=40) / 4000
     assert (counts[expected == 0] == 0).all() and (counts - expected).abs().max() < 0.04
@@ -188,7 +190,7 @@ def test_the_cache_goes_on_afterwards(name: str, eos: bool) -> None:
     ends = {"eos_token_id": stop(name)} if eos else {}
     prompt, results = PROMPT[:1], []
     for model, device in ((cpu, "cpu"), (compiled, "jax")):
-        cache = transformers.StaticCache(config=cpu.config, max_cache_len=16)
+        cache: Any = transformers.StaticCache(config=cpu.config, max_cache_len=16)
         first = model.generate(prompt.to(device), cache=cache, **options, **ends)
         assert type(first).__name__ == "GenerateDecoderOnlyOutput" and first.cache is cache and first.scores is None
         longer = torch.cat([first.sequences.cpu(), torch.tensor([[11, 12]])], 1)
@@ -246,7 +248,7 @@ def test_what_goes_through_transformers_own_loop() -> None:
 
 
 def test_what_cannot_be_recorded_goes_there_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    warper = logits_process.TopKLogitsWarper
+    warper: Any = logits_process.TopKLogitsWarper
     own = warper.__call__
 
     def asks(self: Any, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

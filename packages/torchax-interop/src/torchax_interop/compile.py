@@ -366,7 +366,8 @@ def _total(compiled: Compiled, tokens: Generation | None) -> CacheInfo:
         return compiled.cache_info()
     infos = [p.cache_info() for p in (compiled, *tokens.programs)]
     reasons = [r for i in infos for r in i.reasons]
-    return CacheInfo(*[sum(i[k] for i in infos) for k in range(3)], tuple(reasons) + tuple(tokens.refusals))
+    hits, misses, programs = (sum(getattr(i, name) for i in infos) for name in ("hits", "misses", "programs"))
+    return CacheInfo(hits, misses, programs, (*reasons, *tokens.refusals))
 
 
 def _clear(compiled: Compiled, tokens: Generation | None) -> None:
