@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torchax
+from torchax._grads import grads as gradients
 from torchax_interop._held import HeldStorage
 
 
@@ -175,3 +176,113 @@ def test_a_held_tensor_does_not_keep_the_others():
     gc.collect()
     assert [s() is None for s in storages] == [False, True, True]
     assert first.tolist() == [4, 4]
+
+
+# ---------------------------------------------------------------------- gradients that change between calls
+class _Frozen(torch.autograd.Function):
+    """Marks its first input as written, and touches nothing."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, g
+
+
+def _accumulate_by_node(p):
+    p.expand_as(p).grad_fn.next_functions[0][0](torch.ones_like(p))
+
+
+GRADIENT_CHANGES = {
+    "set": lambda p: setattr(p, "grad", torch.ones_like(p)),
+    "none": lambda p: setattr(p, "grad", None),
+    "deleted": lambda p: delattr(p, "grad"),
+    "zero_grad": lambda p: torch.optim.SGD([p], 0.1).zero_grad(),
+    "backward": lambda p: (p * p).sum().backward(),
+    "backward of a leaf": lambda p: p.backward(torch.ones_like(p)),
+    "create_graph": lambda p: (p**3).sum().backward(create_graph=True),
+    "by its node": _accumulate_by_node,
+    "another tensor": lambda p: setattr(p, "grad", p.grad.detach() * 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("change", GRADIENT_CHANGES.values(), ids=GRADIENT_CHANGES.keys())
+def test_gradients_that_change_between_calls(change, zero):
+    """Whoever changes them, by whatever way: the next calls start from what is there, and `.grad` is there afterwards."""
+    seen = []
+    for compiled in (False, True):
+        p = nn.Parameter(torch.tensor([1.0, 2.0], device="jax"))
+
+        def step(x, p=p):
+            if zero:
+                p.grad = None
+            (p * x).sum().backward()
+
+        run = torchax.compile(step) if compiled else step
+        x, found = torch.tensor([3.0, 4.0], device="jax"), []
+        for _ in range(3):
+            run(x)
+        for _ in range(2):
+            change(p)
+            run(x)
+            run(x)
+            found.append(None if p.grad is None else p.grad.tolist())
+            p.grad = None if p.grad is None else p.grad.detach()
+        seen.append(found)
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+def test_a_gradient_is_marked_by_whatever_replaces_it():
+    """What compiled calls go by in place of a look at each parameter."""
+    for name, change in GRADIENT_CHANGES.items():
+        for first in (True, False):
+            if first and name == "another tensor":
+                continue
+            p = nn.Parameter(torch.tensor([1.0, 2.0], device="jax"))
+            p.grad = None if first else torch.ones_like(p)
+            before, mark = p.grad, gradients.mark
+            change(p)
+            assert (p.grad is before) or gradients.mark is not mark, name
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p, w: setattr(p, "requires_grad", False),
+        lambda p, w: p.requires_grad_(False),
+        lambda p, w: p.detach_(),
+        lambda p, w: torch.detach_(p),
+        lambda p, w: torch.ops.aten.detach_(p),
+        lambda p, w: nn.ParameterList([p]).requires_grad_(False),
+        lambda p, w: torch.utils.swap_tensors(p, nn.Parameter(p.detach() * 2, requires_grad=False)),
+        lambda p, w: _Frozen.apply(w, p),
+        lambda p, w: w.mul_(p),
+        lambda p, w: w.requires_grad_(),
+    ],
+    ids=["set", "method", "detach_", "function", "op", "module", "swapped", "marked", "in place", "other"],
+)
+def test_requires_grad_that_changes_between_calls(change):
+    p = nn.Parameter(torch.tensor([1.0, 2.0], device="jax"))
+    w = nn.Parameter(torch.tensor([5.0, 6.0], device="jax"), requires_grad=False)
+
+    @torchax.compile
+    def fn(x):
+        return p * x + w
+
+    x = torch.tensor([3.0, 4.0], device="jax", requires_grad=True)
+    for _ in range(3):
+        fn(x)
+    change(p, w)
+    got, want = fn(x), p * x + w
+    assert got.tolist() == want.tolist() and got.requires_grad
+    assert fn.cache_info().misses == 2
+    leaves = [t for t in (x, p, w) if t.requires_grad] if w.is_leaf else [x]
+    grads = [torch.autograd.grad(y.sum(), leaves) for y in (got, want)]
+    assert [g.tolist() for g in grads[0]] == [g.tolist() for g in grads[1]]

@@ -19,6 +19,7 @@ from ._dispatch import RULES
 from ._execute import executing, state
 from ._execute.strict import Placed
 from ._functional import FunctionalRule, ProductRule, as_shapes
+from ._grads import ACCUMULATING, grads, marking
 from ._lower import composite_rule, is_composite_implicit
 from ._mutating import mutating_rule
 from ._prepared import prepared_rule
@@ -36,6 +37,8 @@ def make_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
     """The rule for an op; made once, when it is first called."""
     rule = _own_rule(func)
     name = func._schema.name
+    if func.name() in ACCUMULATING and not isinstance(rule, FunctionalRule):
+        rule = marking(rule)
     return following(rule) if name.endswith("_like") or name in ("aten::clone", "aten::_to_copy") else rule
 
 
@@ -65,7 +68,14 @@ def _own_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
         return composite_rule(func)
     if not entries and _returns_alias(func):
         return strided_view_rule(func)
-    rule = (ProductRule if any(entry.products for entry in entries) else FunctionalRule)(func)
+    kind = (
+        ProductRule
+        if any(e.products for e in entries)
+        else _Accumulating
+        if func.name() in ACCUMULATING
+        else FunctionalRule
+    )
+    rule = kind(func)
     names = [a.name for a in func._schema.arguments if not a.kwarg_only]
     if "generator" in names:  # poisson(x, generator)
         at = names.index("generator")
@@ -81,6 +91,14 @@ def _look_at(entries: list[Lowering], func: Any) -> None:
             raise PluginError(
                 f"plugin {entry.provider!r} breaks the contract: {wrong}; switch it off with TORCHAX_PLUGINS=-{entry.provider}"
             )
+
+
+class _Accumulating(FunctionalRule):
+    """A functional op by which the engine makes a gradient."""
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        grads.mark = object()
+        return super().__call__(args, kwargs)
 
 
 def _chosen(func: Any, entries: list[Lowering], kind: Callable[[Any, Lowering], Rule]) -> Rule:

@@ -19,6 +19,7 @@ from ._checks import settle
 from ._dispatch import dispatch
 from ._execute import state
 from ._execute.known import known_value
+from ._grads import grad
 from ._sharding import pins, place
 from ._storage import Storage, StorageView, TensorMeta, dense_meta
 
@@ -199,6 +200,9 @@ class Tensor(torch.Tensor):
 
     def get_device(self) -> int:
         return self._m.index
+
+    if not TYPE_CHECKING:
+        grad = grad
 
     @property
     def data(self) -> TorchTensor:  # type: ignore[override]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torchax._grads import grads as gradients
 from torchax._sharding import pins
 from torchax._storage import Storage
 from torchax.tensor import Tensor
@@ -21,6 +23,10 @@ _requires_grad_of = operator.attrgetter("requires_grad")
 _grad_of = operator.attrgetter("grad")
 GRADIENT = "a parameter has a gradient now"
 OF_OPTIMIZER = "of an optimizer was changed"
+try:  # not public, and not needed
+    from torch._C._dynamo import guards as _guards
+except ImportError:
+    _guards = None
 plain_attributes = torch._C.DisableTorchFunctionSubclass  # within, torch's attributes are read twice as fast
 
 
@@ -48,6 +54,7 @@ class Guards:
         self.storages = [t._s for t in self.tensors]
         self.differentiated = self.tensors if torch.is_grad_enabled() else []  # else nobody asks
         self.requires_grad = [t.requires_grad for t in self.differentiated]
+        self.unchanged = _unchanged(self.differentiated)
         self.settings = recording.settings
         self.optimizers = list(recording.optimizers.values())
         self.parameters = [x for _, _, groups in self.optimizers for x in (groups, *(g["params"] for g in groups))]
@@ -57,6 +64,7 @@ class Guards:
         captured = recording.captured
         exact = [(t, g) for t, g in grads.values() if type(g) is Tensor and g._s in captured]
         self.with_grad, self.exact_grads = [t for t, _ in exact], [g for _, g in exact]
+        self.looked: Any = None  # the mark under which gradients were looked at
         self.captured: frozenset[Storage] = frozenset(captured)
         self.replaced: dict[int, Storage] = {}
         self.places = places
@@ -76,13 +84,18 @@ class Guards:
             self.epoch = pins.epoch
         if list(map(_storage_of, self.tensors)) != self.storages:
             return "a parameter got another storage"
-        with plain_attributes():
-            if list(map(_requires_grad_of, self.differentiated)) != self.requires_grad:
-                return "requires_grad of a parameter was changed"
-            if not all(map(operator.is_, map(_grad_of, self.without_grad), itertools.repeat(None))):
-                return GRADIENT
-            if not all(map(operator.is_, map(_grad_of, self.with_grad), self.exact_grads)):
-                return "the gradient of a parameter was replaced"
+        if not self.unchanged(*self.differentiated):
+            with plain_attributes():
+                if list(map(_requires_grad_of, self.differentiated)) != self.requires_grad:
+                    return "requires_grad of a parameter was changed"
+        if self.looked is not gradients.mark:
+            mark = gradients.mark
+            with plain_attributes():
+                if not all(map(operator.is_, map(_grad_of, self.without_grad), itertools.repeat(None))):
+                    return GRADIENT
+                if not all(map(operator.is_, map(_grad_of, self.with_grad), self.exact_grads)):
+                    return "the gradient of a parameter was replaced"
+            self.looked = mark
         if list(map(_training_of, self.modules)) != self.training:
             return "a module was switched between training and evaluation"
         now = itertools.chain.from_iterable(map(dict.values, self.tables))
@@ -103,3 +116,15 @@ class Guards:
             if (storage in self.captured or i in self.replaced) and self.replaced.get(i) is not storage:
                 return f"argument {i} shares memory with a tensor that the function uses by itself"
         return None
+
+
+def _unchanged(tensors: list[Tensor]) -> Callable[..., bool]:
+    """Whether the tensors are as they are now in what torch knows of them, `requires_grad` included; False may mean anything.
+
+    In C++ that takes a fraction of the time of asking each in Python.
+    """
+    checks: Any = getattr(_guards, "TensorGuards", None)
+    if checks is None or not tensors:
+        return lambda *tensors: not tensors
+    sizes, strides = [list(t._m.shape) for t in tensors], [list(t._m.strides) for t in tensors]
+    return checks(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check

@@ -15,6 +15,7 @@ import torch
 from torch._C import _functions
 from torchax import convert, errors
 from torchax._execute._where import donated, user_line
+from torchax._grads import grads as gradients
 from torchax._storage import Storage, TensorMeta, dense_meta
 from torchax.tensor import Tensor, make, wrap
 
@@ -56,6 +57,7 @@ class Program:
         self.lasting = [*(s for s in self.written if not is_source(s)), *self.survivors]
         self.held = Held(self.lasting)
         self.graded, self.graded_with = [t for t, _ in self.set_grads], [g for _, g in self.set_grads]
+        self.looked: Any = None  # the mark under which gradients were last in place
         self.counts, self.roots = recorder.counts, recorder.roots
         self.differentiable_results = recorder.differentiable_results
         self.differentiable_metas = recorder.differentiable_metas
@@ -259,8 +261,9 @@ class Program:
                 storage.owner = None
         for k, value in zip(self.changed, outs[end : end + n_changed], strict=True):
             self.groups[k].store(leaves, value)
-        if not self.graded:
+        if not self.graded or self.looked is gradients.mark:
             return
+        self.looked = gradients.mark
         with plain_attributes():
             same = all(map(operator.is_, map(_grad_of, self.graded), self.graded_with))
         if not same:
