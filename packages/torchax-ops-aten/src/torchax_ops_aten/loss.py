@@ -19,13 +19,22 @@ def _log_likelihood(x, target, weight, ignore_index):
     return min(1, x.ndim - 1), counts, w
 
 
-def _nll(x, target, weight, reduction, ignore_index):
+def _gathered(x, index, axis):
+    return jnp.take_along_axis(x, index, axis, mode="clip").squeeze(axis)
+
+
+def _summed(x, index, axis):
+    hit = lax.broadcasted_iota(np.int32, x.shape, axis) == index.astype(np.int32)
+    return jnp.sum(jnp.where(hit, x, 0), axis)
+
+
+def _nll(x, target, weight, reduction, ignore_index, pick=_gathered):
     if x.ndim == 1:
         target = target.reshape(())
     axis, counts, w = _log_likelihood(x, target, weight, ignore_index)
     check_range(jnp.where(counts, target, 0), x.shape[axis], message="Target {} is out of bounds.")
     index = jnp.expand_dims(jnp.where(counts, target, 0), axis)
-    picked = jnp.take_along_axis(wide(x), index, axis, mode="clip").squeeze(axis)
+    picked = pick(wide(x), index, axis)
     loss = jnp.where(counts, -picked * w, 0)
     if reduction not in (MEAN, SUM):
         return loss, jnp.zeros((), loss.dtype)
@@ -37,6 +46,12 @@ def _nll(x, target, weight, reduction, ignore_index):
 def nll_loss(x, target, weight, reduction, ignore_index):
     """-weight[target] x[target], reduced, and the sum of the weights."""
     return _nll(x, target, weight, reduction, ignore_index)
+
+
+@lowering(aten.nll_loss_forward.default, aten.nll_loss2d_forward.default, checks=True, platforms=("tpu",), priority=1)
+def nll_loss_on_tpu(x, target, weight, reduction, ignore_index):
+    """The same by a masked sum, into which XLA fuses what makes x: for a gather it writes all logarithms, in float32."""
+    return _nll(x, target, weight, reduction, ignore_index, _summed)
 
 
 @lowering(aten.nll_loss_backward.default, aten.nll_loss2d_backward.default)
