@@ -29,7 +29,10 @@ MAY_IMPORT = {
     "torchax_interop": {"torchax"},
     "torchax_tools": {"torchax", "torchax_interop"},
 }
-LAZY = {"torchax": {"torchax_interop"}}  # only inside of functions, that is, on first use
+LAZY = {
+    "torchax": {"torchax_interop"},
+    "torchax_tools": {"torchax_ops_pallas"},
+}  # only inside of functions, that is, on first use
 PROJECTS = [ROOT / "pyproject.toml", *sorted(ROOT.glob("packages/*/pyproject.toml"))]
 MODULES = sorted(file for folder in SOURCES.values() for file in folder.rglob("*.py"))
 IMPORTED_AS = {"ml_dtypes": "ml_dtypes", "orbax-checkpoint": "orbax", "typing-extensions": "typing_extensions"}

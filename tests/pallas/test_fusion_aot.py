@@ -101,7 +101,9 @@ def test_the_slope_of_an_activation_is_part_of_the_products_of_the_backward():
     x, weight, bias = (_bytes(t) for t in operands)
     inner = _bytes(grad)
     least = 3 * (x + weight) + 2 * bias + 7 * inner
-    print(f"\nbias, GELU, both ways: {found / 1e6:.1f} MB moved, {least / 1e6:.1f} expected; {temporary / 2**20:.1f} MiB")
+    print(
+        f"\nbias, GELU, both ways: {found / 1e6:.1f} MB moved, {least / 1e6:.1f} expected; {temporary / 2**20:.1f} MiB"
+    )
     assert found <= 1.01 * least
     assert temporary <= inner + 2**18
 

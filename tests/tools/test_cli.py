@@ -439,3 +439,14 @@ def test_scan_of_an_exported_program(tmp_path: pathlib.Path) -> None:
     torch.export.save(torch.export.export(model, (torch.randn(2, 3),)), path)
     report = as_json("scan", str(path))
     assert {"aten::linear", "aten::relu"} <= {row["op"] for row in report["ops"]}
+
+
+def test_tune_says_that_there_is_no_tpu_and_what_is_wrong():
+    for arguments, words in (
+        (("attention", "8192", "8192", "128"), "timing kernels on a TPU"),
+        (("attention", "8192"), "positive sizes length, keys, features"),
+        (("atention", "1", "1", "1"), "there are attention"),
+        (("attention", "64", "64", "64", "--dtype", "int8"), "bfloat16 or float32"),
+    ):
+        result = CliRunner().invoke(cli.app, ["tune", *arguments])
+        assert result.exit_code == 2 and words in result.output + result.stderr, result.output

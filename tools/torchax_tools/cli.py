@@ -6,7 +6,7 @@ import signal
 
 import typer
 
-from .commands import checks, coverage, explain, fit, listing, new_plugin, scan
+from .commands import checks, coverage, explain, fit, listing, new_plugin, scan, tune
 from .output import epilog
 
 EPILOG = """\
@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (coverage, listing, explain, scan, fit, checks, new_plugin):
+for module in (coverage, listing, explain, scan, fit, tune, checks, new_plugin):
     module.register(app)
 
 

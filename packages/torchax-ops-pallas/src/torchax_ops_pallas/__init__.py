@@ -41,6 +41,14 @@ class PallasPlugin:
             registry.collect(module)
 
 
+def __getattr__(name: str) -> Any:
+    if name == "autotune":  # on first use: it loads Pallas, which takes longer to import than all of torchax
+        from .tuning import autotune
+
+        return autotune
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 plugin = PallasPlugin()
 
 # Last, since torchax looks for `plugin` while it is being imported.

@@ -17,10 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
-from .blocks import LANES, round_up
+from .blocks import LANES, product_tiles, round_up
 from .dividing_groups import over_groups
-
-_WIDEST = 512  # the vector memory of every generation holds two of each block of this size
 
 
 @contextlib.contextmanager
@@ -33,13 +31,15 @@ def _traced(x: jax.Array) -> Iterator[None]:
         yield
 
 
-def _tiles(*sizes: int) -> tuple[int, ...]:
-    return tuple(min(_WIDEST, round_up(n, LANES)) for n in sizes)
+def _tiles(kernel: str, x: jax.Array, columns: int, groups: int) -> tuple[int, int, int]:
+    """Of rows, columns of `x`, columns of the other operand; that of rows divides them, which are a multiple of `LANES`.
 
-
-def _row_tile(rows: int) -> int:
-    """The largest tile that divides `rows`, a multiple of `LANES`."""
-    return next(t for t in (512, 256, LANES) if rows % t == 0)
+    A tile that holds rows of several groups is multiplied for each of them, so tiles are no longer than two groups of mean size.
+    """
+    tiles = product_tiles(kernel, (*x.shape, columns), x.dtype)
+    most = min(tiles.rows, max(LANES, 2 * x.shape[0] // groups))
+    rows = max(n for n in range(LANES, most + 1, LANES) if x.shape[0] % n == 0)
+    return rows, tiles.inner, tiles.columns
 
 
 def _padded(x: jax.Array) -> jax.Array:
@@ -59,14 +59,14 @@ def _matmul_of_part(x: jax.Array, matrices: jax.Array, ends: jax.Array) -> jax.A
 def _outer_of_part(x: jax.Array, y: jax.Array, ends: jax.Array, interpret: bool) -> jax.Array:
     with _traced(x):
         x, y = _padded(x), _padded(y)
-        tiles = (_row_tile(x.shape[0]), *_tiles(x.shape[1], y.shape[1]))
+        tiles = _tiles("grouped_outer", x, y.shape[1], ends.size)
         return tgmm(x.T, y, _sizes(ends), x.dtype, tiles, interpret=interpret)
 
 
 def _transposed_of_part(x: jax.Array, matrices: jax.Array, ends: jax.Array, interpret: bool) -> jax.Array:
     with _traced(x):
         rows, padded = x.shape[0], _padded(x)
-        tiles = (_row_tile(padded.shape[0]), *_tiles(x.shape[1], matrices.shape[1]))
+        tiles = _tiles("grouped_matmul", padded, matrices.shape[1], ends.size)
         out = gmm(padded, matrices, _sizes(ends), x.dtype, tiles, transpose_rhs=True, interpret=interpret)[:rows]
         inside = lax.broadcasted_iota(jnp.int32, (rows, 1), 0) < ends[-1].astype(jnp.int32)
         return jnp.where(inside, out, jnp.zeros_like(out))  # the kernel does not write rows of no group
