@@ -62,6 +62,7 @@ class Program:
         self.differentiable_results = recorder.differentiable_results
         self.differentiable_metas = recorder.differentiable_metas
         self.refused = recorder.refused
+        self.argument_grads = recorder.argument_grads
         self.numbers = [[group, name, storage, float(group[name])] for group, name, storage in recording.numbers]
         self.in_shardings = recorder.options.in_shardings
         self.settled = not recorder.strangers
@@ -180,7 +181,10 @@ class Program:
             found = Differentiable.apply(call, *roots)
             outs = call.outs
         self._write_back(leaves, outs)
-        return self._results(leaves, outs, found)
+        results = self._results(leaves, outs, found)
+        if self.argument_grads:
+            self._accumulate(leaves, results)
+        return results
 
     def lower(self, leaves: list[Any]) -> jax.stages.Lowered:
         """Its XLA program for these arguments, not run."""
@@ -269,6 +273,13 @@ class Program:
         if not same:
             for t, grad in self.set_grads:
                 t.grad = grad
+
+    def _accumulate(self, leaves: list[Any], results: list[Any]) -> None:
+        """Arguments get the gradients that the function has computed by `backward`: the last of the results."""
+        n = len(results) - len(self.argument_grads)
+        given = [leaves[i] for i in self.argument_grads]
+        torch.autograd.backward(given, [g.to(t.device) for t, g in zip(given, results[n:], strict=True)])
+        del results[n:]
 
     def _results(self, leaves: list[Any], outs: Any, found: Any) -> list[Any]:
         results: list[Any] = []

@@ -87,6 +87,7 @@ class Recorder:
         }
         self.cotangents: list[Storage] = []
         self.roots: list[Tensor | int] = []  # tensors from outside, or positions among the leaves
+        self.argument_grads: list[int] = []  # positions among the leaves, of whose gradients are the last results
 
     def run(self, use: Callable[[Program, list[Any]], Any]) -> tuple[Program, Any]:
         recording = self.recording
@@ -155,6 +156,8 @@ class Recorder:
             outs = self._shard(outs, flatten(result, []))
         del result, objects
         grads = self._differentiate(outs, inner)
+        self.argument_grads = [i for i, t in enumerate(inner) if type(t) is Tensor and t.is_leaf and t.grad is not None]
+        outs += [inner[i].grad.detach() for i in self.argument_grads]
         return self._outputs(outs, inner, grads)
 
     def _inner_leaves(self, arrays: Any) -> list[Any]:
@@ -227,7 +230,11 @@ class Recorder:
         chosen = [i for i, t in enumerate(outs) if type(t) is Tensor and t.requires_grad and not t.is_leaf]
         given = [i for i, t in enumerate(inner) if type(t) is Tensor and t.requires_grad]
         captured = [t for t in self.recording.tensors.values() if t.requires_grad]
+        captured += self.recording.computed.values()
         if not chosen or not (given or captured):
+            return []
+        if reason := entangled(self.recording.computed, captured):
+            self.refused = reason, chosen
             return []
         storages = [
             Storage(concrete(np.zeros(outs[i]._m.shape, outs[i]._m.jax_dtype)), dense(outs[i]._m)) for i in chosen
@@ -354,6 +361,26 @@ class Recorder:
         found = alive()
         self.strangers = self.surprises + sum(id(s) not in grads for s in found)
         return found
+
+
+def entangled(computed: dict[int, Tensor], roots: list[Tensor]) -> str | None:
+    """Why gradients cannot be told apart, in words: a tensor `computed` outside depends on another one of `roots`."""
+    own = {id(t.grad_fn) for t in computed.values()}
+    leaves = {id(t) for t in roots}
+    for tensor in computed.values():
+        waiting, seen = [tensor.grad_fn], set()
+        while waiting:
+            node: Any = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if id(getattr(node, "variable", None)) in leaves or (len(seen) > 1 and id(node) in own):
+                return (
+                    f"a tensor of shape {list(tensor.shape)} that the compiled function uses was computed outside of it from "
+                    "another tensor that it uses, too: pass it as an argument, or detach it"
+                )
+            waiting += [f for f, _ in node.next_functions]
+    return None
 
 
 def _array(value: Any) -> Any:

@@ -47,6 +47,7 @@ class Recording(Traced):
         given: storages of arguments -> the storages that stand for them inside.
         given_read: those of them that the function also reached by itself.
         tensors: tensors from outside that were read (by id).
+        computed: those of them that are results of something that autograd has noted (by id).
         modules: modules that were called, as they were at that time (by id).
         settings: settings of optimizers that the program depends on: (dict, name, value).
         numbers: settings that are inputs: (dict, name, storage).
@@ -59,6 +60,7 @@ class Recording(Traced):
         self.given: dict[Storage, Storage] = {}
         self.given_read: set[Storage] = set()
         self.tensors: dict[int, Tensor] = {}
+        self.computed: dict[int, Tensor] = {}
         self.modules: dict[int, Noted] = {}
         self.settings: list[tuple[dict[str, Any], str, Any]] = []
         self.numbers: list[tuple[dict[str, Any], str, Storage]] = []
@@ -78,6 +80,8 @@ class Recording(Traced):
         known = tensor._s.owner is not None or id(tensor) in self.tensors
         if not known and tensor.is_leaf and (tensor.requires_grad or getattr(tensor, "_is_param", False)):
             self.tensors[id(tensor)] = tensor
+        elif not known and tensor.requires_grad and torch.is_grad_enabled():
+            self.computed[id(tensor)] = tensor
 
     def load(self, storage: Storage) -> Any:
         if storage.owner is self:

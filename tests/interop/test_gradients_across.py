@@ -1,0 +1,82 @@
+"""Gradients that cross the border of a compiled function: into arguments, and into what was computed before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchax
+
+
+def both(program: Callable[[str, Any], list[torch.Tensor]]) -> None:
+    """`program` of a device and a compiler gives the same on CPU and compiled."""
+    for got, want in zip(program("jax", torchax.compile), program("cpu", lambda fn: fn), strict=True):
+        torch.testing.assert_close(got.cpu(), want)
+
+
+def test_backward_inside_gives_arguments_their_gradients() -> None:
+    def program(device: str, compiler: Any) -> list[torch.Tensor]:
+        weight = torch.nn.Parameter(torch.arange(3.0, device=device))
+        x = torch.ones(3, device=device, requires_grad=True)
+
+        @compiler
+        def step(x: torch.Tensor) -> torch.Tensor:
+            loss = (x * weight).pow(2).sum()
+            loss.backward()
+            return loss.detach()
+
+        found = []
+        for _ in range(3):
+            loss = step(x)
+            assert x.grad is not None and weight.grad is not None
+            found += [loss, x.grad.clone(), weight.grad.clone()]
+        return found
+
+    both(program)
+
+
+def test_backward_inside_goes_on_behind_arguments() -> None:
+    def program(device: str, compiler: Any) -> list[torch.Tensor]:
+        before = torch.nn.Parameter(torch.ones(3, device=device))
+
+        @compiler
+        def step(x: torch.Tensor) -> None:
+            x.pow(3).sum().backward()
+
+        for _ in range(3):
+            step(before * 2)
+        assert before.grad is not None
+        return [before.grad]
+
+    both(program)
+
+
+def test_results_are_differentiable_by_what_was_computed_outside() -> None:
+    def program(device: str, compiler: Any) -> list[torch.Tensor]:
+        before = torch.nn.Parameter(torch.ones(3, device=device))
+        weight = torch.nn.Parameter(torch.arange(3.0, device=device))
+        hidden = before * 2
+
+        @compiler
+        def fn(x: torch.Tensor) -> torch.Tensor:
+            return (hidden[1:] * x * weight[1:]).sum()
+
+        for _ in range(3):
+            fn(torch.ones(2, device=device)).backward(retain_graph=True)
+        assert before.grad is not None and weight.grad is not None
+        return [before.grad, weight.grad]
+
+    both(program)
+
+
+def test_what_was_computed_from_what_is_used_too_is_refused() -> None:
+    weight = torch.nn.Parameter(torch.ones(3, device="jax"))
+    hidden = weight * 2
+    fn = torchax.compile(lambda x: (hidden * weight * x).sum())
+    result = fn(torch.ones(3, device="jax"))
+    assert float(result) == 6.0
+    with pytest.raises(RuntimeError, match="computed outside of it from another tensor"):
+        result.backward()
+    assert weight.grad is None
