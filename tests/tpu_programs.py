@@ -57,18 +57,19 @@ def _bytes(shape: str, everywhere: bool = False) -> int:
 def moved(program: Any) -> int:
     """Bytes that the steps of a program read from HBM and write there, each operand and result of a step counted once.
 
-    The compiler's own figure counts, besides, what conversions inside of a fused product would move.
+    The compiler's own figure counts, besides, what conversions inside of a fused product would move. What is fetched for the next call
+    of the program, and used by no step of this one, does not count.
     """
     text = program.as_text()
+    steps = [s.groups() for line in text[text.index("\nENTRY") :].splitlines() if (s := _STEP.match(line))]
+    operands = [re.findall(r"%[\w.\-]+", rest.partition("), ")[0]) for *_, rest in steps]
+    used = {name for names in operands for name in names}
     held: dict[str, int] = {}
     total = 0
-    for line in text[text.index("\nENTRY") :].splitlines():
-        if step := _STEP.match(line):
-            name, shape, kind, rest = step.groups()
-            held[name] = _bytes(shape)
-            if kind.endswith("-done"):  # a transfer between HBM and the vector memory
-                total += _bytes(shape, everywhere=True)
-            elif kind not in _FREE and not kind.endswith("-start"):
-                read = re.findall(r"%[\w.\-]+", rest.partition("), ")[0])
-                total += held[name] + sum(held.get(operand, 0) for operand in read)
+    for (name, shape, kind, _), read in zip(steps, operands, strict=True):
+        held[name] = _bytes(shape)
+        if kind.endswith("-done"):  # a transfer between HBM and the vector memory
+            total += _bytes(shape, everywhere=True) if name in used else 0
+        elif kind not in _FREE and not kind.endswith("-start"):
+            total += held[name] + sum(held.get(operand, 0) for operand in read)
     return total

@@ -108,6 +108,23 @@ def test_the_slope_of_an_activation_is_part_of_the_products_of_the_backward():
     assert temporary <= inner + 2**18
 
 
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(("topology", "rows"), [("v5e:2x2", 1024), ("v6e:2x2", 512), ("v6e:2x2", 2048)])
+def test_gated_units_are_bound_by_their_products_or_move_the_least(topology, rows):
+    """On v6e the first product stays in the vector memory; on v5e it lies in HBM, in much less time than the products take."""
+    x, *_ = operands = (_meta(rows, _K), _meta(_N, _K), _meta(_N, _K))
+    least = _bytes(*operands, _meta(rows, _N))
+    gated = _forward(lambda x, gate, up: F.silu(F.linear(x, gate)) * F.linear(x, up))
+    temporary, found = _compiled(gated, operands, topology)
+    print(f"\n{topology} {rows} rows, gated: {found / 1e6:.1f} MB moved, at least {least / 1e6:.1f}")
+    assert temporary < 2**18
+    if topology == "v5e:2x2":
+        assert found <= 1.01 * (least + _bytes(x) + 2 * _bytes(_meta(rows, _N)))
+        assert found / 819e9 < 0.5 * 4 * rows * _K * _N / 197e12  # the chip's bytes and operations of a second
+    else:
+        assert found <= 1.01 * least
+
+
 # Norms -------------------------------------------------------------------------------------------------------------
 
 _NORMS = {
