@@ -13,6 +13,7 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
+from torchax_interop._choosing import Choice, State, taken_apart
 from transformers.generation import logits_process, stopping_criteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -114,6 +115,16 @@ def test_processors(options: dict[str, Any]) -> None:
         assert tokens[:, :9].tolist() != both(eos_token_id=stop())[0][:, 5:].tolist()
 
 
+def test_what_only_the_buffer_holds_does_not_count() -> None:
+    ids, one = torch.tensor([[3, 9, 0, 0]]), torch.ones(1, dtype=torch.long)
+    penalty = logits_process.RepetitionPenaltyLogitsProcessor(2.0)
+    choice = {"processors": [taken_apart(penalty)], "criteria": [], "pad": None, "sample": False}
+    state = State(ids, torch.tensor(2), ids[:, 1], one, {})
+    logits = torch.tensor([[[1.0, 0.9, 0.0, 1.5, 0.0, 0.0, 0.0, 0.0, 0.0, 1.7]]])
+    assert Choice(choice).token(state, logits, {}).ids.tolist() == [[3, 9, 0, 0]]
+    assert Choice(choice).token(state, logits[..., [1, 0, 2, 3, 4, 5, 6, 7, 8, 9]], {}).ids.tolist() == [[3, 9, 1, 0]]
+
+
 def test_other_numbers_need_no_other_program() -> None:
     compiled = models("llama")[1]
     options = {**GREEDY, "do_sample": True, "top_k": 5}
@@ -213,11 +224,14 @@ def test_windows_that_do_not_fill_up() -> None:
 
 
 def test_a_second_turn_compiles_nothing(compile_counter: Any) -> None:
-    for eos in (None, stop()):
-        both(eos_token_id=eos)
+    compiled, prompt, mask = models("llama")[1], PROMPT.to("jax"), MASK.to("jax")
+    first, second = free().tolist()
+    for turn in (1, 2, 3):  # texts of different lengths: the first row ends at this turn, the second at once
         compile_counter.reset()
-        models("llama")[1].generate(PROMPT.to("jax"), attention_mask=MASK.to("jax"), eos_token_id=eos, **GREEDY)
-        assert compile_counter.count == 0
+        eos = [first[turn], second[0]]
+        text = compiled.generate(prompt, attention_mask=mask, eos_token_id=eos, pad_token_id=0, **GREEDY)
+        assert text.shape[1] == 6 + turn
+        assert compile_counter.count == 0 or turn == 1
 
 
 class Forbid(logits_process.LogitsProcessor):
