@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import cProfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -104,3 +105,13 @@ def decode() -> Iterator[Row]:
         raise ArithmeticError(f"the two loops give other tokens: {expected} and {found}")
     a, b, c = (s / NEW for s in times(mine, by_hand, cpu, rounds=7, batch=0.2))
     yield Row("decode", "Llama, per token", a / b, "x", "JAX loop", 1.15, a, b, c)
+    mine_calls, by_hand_calls = (_calls(side) / NEW for side in (mine, by_hand))
+    name = "the same: calls in Python, per token"  # which do not depend on how busy the machine is
+    yield Row("decode", name, mine_calls / by_hand_calls, "x", "JAX loop", None, mine_calls, by_hand_calls, counted="")
+
+
+def _calls(side: Callable[[], object]) -> int:
+    """Calls of Python and C functions, as cProfile counts them."""
+    profile = cProfile.Profile()
+    profile.runcall(side)
+    return sum(entry.callcount for entry in profile.getstats())
