@@ -177,14 +177,15 @@ def test_each_thread_may_draw():
 
 def test_keys_for_jax_code():
     env = torchax.default_env()
+    data = lambda: jax.random.key_data(env.prng_key)
     torch.manual_seed(0)
-    a, b = env.prng_key, env.get_and_rotate_prng_key()
-    assert (
-        jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)
-        and not (jax.random.key_data(a) == jax.random.key_data(b)).all()
-    )
+    first = data()
+    assert jax.dtypes.issubdtype(env.prng_key.dtype, jax.dtypes.prng_key)
+    assert (data() == first).all()  # reading uses nothing up
+    assert (jax.random.key_data(env.get_and_rotate_prng_key()) == first).all()
+    assert not (data() == first).all()
     torch.manual_seed(0)
-    assert (jax.random.key_data(env.prng_key) == jax.random.key_data(a)).all()
+    assert (data() == first).all()
 
 
 def test_distributions_are_right():
