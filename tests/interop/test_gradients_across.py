@@ -71,12 +71,43 @@ def test_results_are_differentiable_by_what_was_computed_outside() -> None:
     both(program)
 
 
-def test_what_was_computed_from_what_is_used_too_is_refused() -> None:
-    weight = torch.nn.Parameter(torch.ones(3, device="jax"))
-    hidden = weight * 2
-    fn = torchax.compile(lambda x: (hidden * weight * x).sum())
-    result = fn(torch.ones(3, device="jax"))
-    assert float(result) == 6.0
-    with pytest.raises(RuntimeError, match="computed outside of it from another tensor"):
-        result.backward()
-    assert weight.grad is None
+class _Doubled(torch.autograd.Function):
+    """A node whose backward takes what is not there for zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * 2
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda w: (w * 2, w + 1),
+        lambda w: (h := w.exp(), h * w),
+        lambda w: torch.var_mean(torch.stack([w, w.exp()]), 0),
+        lambda w: (_Doubled.apply(w), w.exp()),
+    ],
+    ids=["side by side", "in a row", "one node", "custom"],
+)
+def test_what_was_computed_from_what_is_used_too(compute: Any) -> None:
+    def program(device: str, compiler: Any) -> list[torch.Tensor]:
+        weight = torch.nn.Parameter(torch.arange(1.0, 5.0, device=device))
+        first, second = compute(weight)
+
+        @compiler
+        def fn(x: torch.Tensor) -> torch.Tensor:
+            return (first * second * weight * x).sum()
+
+        found = []
+        for k in range(3):
+            x = torch.full((4,), float(k), device=device, requires_grad=True)
+            found += torch.autograd.grad(fn(x), [x, weight, first, second], retain_graph=True)
+        fn(torch.ones(4, device=device)).backward()
+        assert weight.grad is not None
+        return [*found, weight.grad]
+
+    both(program)

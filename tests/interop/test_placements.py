@@ -104,7 +104,7 @@ def test_shard_module_takes_torchs_mesh(mesh):
 def test_meshes_of_earlier_versions(jax_devices):
     mesh = mesh_util.Mesh.fsdp_mesh()
     model = mesh.initialize_model_sharded(nn.Linear, (8, 6))
-    assert model.weight.jax().sharding.spec == P(None, "torchax") and model.bias.jax().sharding.is_fully_replicated
+    assert model.weight.jax().sharding.spec == P(None, "fsdp") and model.bias.jax().sharding.is_fully_replicated
     mesh.shard_model(model, override_sharder=lambda name, shape: P())
     assert model.weight.jax().sharding.is_fully_replicated
     strict = mesh_util.Mesh(jax.make_mesh((4,), ("x",)))

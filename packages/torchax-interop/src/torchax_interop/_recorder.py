@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -233,17 +234,17 @@ class Recorder:
         captured += self.recording.computed.values()
         if not chosen or not (given or captured):
             return []
-        if reason := entangled(self.recording.computed, captured):
-            self.refused = reason, chosen
-            return []
         storages = [
             Storage(concrete(np.zeros(outs[i]._m.shape, outs[i]._m.jax_dtype)), dense(outs[i]._m)) for i in chosen
         ]
         cotangents = [make(s, s.geometry) for s in storages]
         try:
-            found: Any = torch.autograd.grad(
-                [outs[i] for i in chosen], [*captured, *[inner[i] for i in given]], cotangents, allow_unused=True
-            )
+            computed = self.recording.computed.values()
+            roots = [*captured, *[inner[i] for i in given]]
+            with cut_behind(computed):  # the graph behind them stays for whoever calls backward
+                found: Any = torch.autograd.grad(
+                    [outs[i] for i in chosen], roots, cotangents, retain_graph=bool(computed), allow_unused=True
+                )
         except NotDifferentiable as error:  # which matters only if somebody asks for the gradient
             self.refused = str(error), chosen
             return []
@@ -363,24 +364,19 @@ class Recorder:
         return found
 
 
-def entangled(computed: dict[int, Tensor], roots: list[Tensor]) -> str | None:
-    """Why gradients cannot be told apart, in words: a tensor `computed` outside depends on another one of `roots`."""
-    own = {id(t.grad_fn) for t in computed.values()}
-    leaves = {id(t) for t in roots}
-    for tensor in computed.values():
-        waiting, seen = [tensor.grad_fn], set()
-        while waiting:
-            node: Any = waiting.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if id(getattr(node, "variable", None)) in leaves or (len(seen) > 1 and id(node) in own):
-                return (
-                    f"a tensor of shape {list(tensor.shape)} that the compiled function uses was computed outside of it from "
-                    "another tensor that it uses, too: pass it as an argument, or detach it"
-                )
-            waiting += [f for f, _ in node.next_functions]
-    return None
+@contextlib.contextmanager
+def cut_behind(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Within, gradients end at these `tensors`: what they were computed from, and is asked for as well, gets its own share alone.
+
+    torch hands a node's gradient to whoever asked for it before the node's hooks run; these leave nothing to go on with.
+    """
+    nodes: set[Any] = {t.grad_fn for t in tensors}
+    handles = [node.register_prehook(lambda grads: (None,) * len(grads)) for node in nodes]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _array(value: Any) -> Any:
