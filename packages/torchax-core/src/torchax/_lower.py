@@ -35,6 +35,7 @@ _KINDS = {
     "complex_to_float": KIND.COMPLEX_TO_FLOAT,
     "bool_to_long": KIND.BOOL_TO_LONG,
 }
+_HALVES = (torch.float16, torch.bfloat16)
 _nothing = contextlib.nullcontext()
 Apply = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
@@ -121,20 +122,32 @@ def _promotion(func: Any, entry: Lowering, args: tuple[Any, ...], kwargs: dict[s
     ]
     if not any(isinstance(x, torch.Tensor) for x in flat):
         return None
-    compute, _ = elementwise_dtypes(*flat, type_promotion_kind=_KINDS[entry.promote])
+    compute, common = elementwise_dtypes(*flat, type_promotion_kind=_KINDS[entry.promote])
     if compute is torch.complex32:  # a comparison of float16 and complex: the only such op whose result JAX can hold
-        return _promoter(positions, keywords, lambda x: _rounded_to_half(_promoted(x, np.dtype(np.complex64))))
+        return _promoter(positions, keywords, lambda x, _: _rounded_to_half(_promoted(x, np.dtype(np.complex64))))
     dtype = dtypes.to_jax(compute)
-    return _promoter(positions, keywords, lambda x: _promoted(x, dtype))
+    if common in _HALVES:
+        half = dtypes.to_jax(common)
+        exact = [*(i for i in positions if names[i] in entry.exact), *(k for k in keywords if k in entry.exact)]
+
+        def convert_half(x: Any, at: int | str) -> Any:
+            if at in exact and np.ndim(x) == 0:
+                return _promoted(x, np.dtype(np.float32))
+            return _promoted(_through(x, half), dtype)
+
+        return _promoter(positions, keywords, convert_half)
+    return _promoter(positions, keywords, lambda x, _: _promoted(x, dtype))
 
 
-def _promoter(positions: list[int], keywords: list[str], convert_one: Callable[[Any], Any]) -> Callable[..., Any]:
+def _promoter(
+    positions: list[int], keywords: list[str], convert_one: Callable[[Any, int | str], Any]
+) -> Callable[..., Any]:
     def promote(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         new = list(args)
         for i in positions:
-            new[i] = convert_one(args[i])
+            new[i] = convert_one(args[i], i)
         if keywords:
-            kwargs = {k: convert_one(v) if k in keywords else v for k, v in kwargs.items()}
+            kwargs = {k: convert_one(v, k) if k in keywords else v for k, v in kwargs.items()}
         return tuple(new), kwargs
 
     return promote
@@ -162,6 +175,15 @@ def _promoted(x: Any, dtype: np.dtype) -> Any:
     if x.dtype == np.bool_ and dtype.kind not in "bui":  # XLA makes a select of a product with a bool: False * inf is 0
         x = x.astype(np.uint8)
     return convert.cast(x, dtype)
+
+
+def _through(x: Any, half: np.dtype) -> Any:
+    """An operand with the values that it has in `half`, the common dtype of a computation in float32."""
+    if isinstance(x, bool | int | float | complex):
+        return float(np.asarray(x.real).astype(half))
+    if not hasattr(x, "dtype") or x.dtype in (half, np.bool_):
+        return x
+    return convert.cast(jnp.asarray(x), half)
 
 
 def _rounded_to_half(x: Any) -> Any:

@@ -36,6 +36,9 @@ class Lowering:
             NumPy the strides are kept; ``composite``: `fn` takes tensors and calls other ops, before autograd if `whole`.
         promote: torch's type promotion, done before `fn` is called; None hands operands over as they are.
         promote_only: names of the arguments that take part in the promotion; empty means all tensors and numbers.
+        exact: names of the arguments that, where they are numbers or tensors without dimensions, enter a computation with
+            16-bit floats as they are: CPU torch's kernels take factors, divisors and parameters of functions like that.
+            Other operands enter it in the common dtype.
         static: names of ``Scalar`` arguments that decide the program and are compiled in.
         operands: names of ``int``, ``float`` (or list) arguments that are run-time operands.
         specialize: for an operand, the values worth a program of their own.
@@ -75,6 +78,7 @@ class Lowering:
     kind: Kind = "functional"
     promote: Promotion | None = None
     promote_only: tuple[str, ...] = ()
+    exact: tuple[str, ...] = ()
     static: tuple[str, ...] = ()
     operands: tuple[str, ...] = ()
     specialize: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)

@@ -88,25 +88,25 @@ def mish_backward(grad, x):
     return grad * (tanh + x * lax.logistic(x) * (1 - tanh * tanh))
 
 
-@lowering(aten.softplus.default, promote="default")
+@lowering(aten.softplus.default, promote="default", exact=("beta", "threshold"))
 def softplus(x, beta=1, threshold=20):
     """log(1 + exp(beta x)) / beta, linear above the threshold."""
     return jnp.where(x * beta > threshold, x, _softplus(x * beta) / beta)
 
 
-@lowering(aten.softplus_backward.default, promote="default")
+@lowering(aten.softplus_backward.default, promote="default", exact=("beta", "threshold"))
 def softplus_backward(grad, x, beta, threshold):
     """grad sigmoid(beta x), grad above the threshold."""
     return jnp.where(x * beta > threshold, grad, grad * lax.logistic(x * beta))
 
 
-@lowering(aten.elu.default, promote="default")
+@lowering(aten.elu.default, promote="default", exact=("alpha", "scale", "input_scale"))
 def elu(x, alpha=1, scale=1, input_scale=1):
     """scale x above 0, alpha scale expm1(input_scale x) below."""
     return jnp.where(x > 0, x * scale, jnp.expm1(x * input_scale) * (alpha * scale))
 
 
-@lowering(aten.elu_backward.default, promote="default")
+@lowering(aten.elu_backward.default, promote="default", exact=("alpha", "scale", "input_scale"))
 def elu_backward(grad, alpha, scale, input_scale, is_result, x):
     """The gradient of elu, from its argument or its result."""
     if is_result:
@@ -114,19 +114,19 @@ def elu_backward(grad, alpha, scale, input_scale, is_result, x):
     return jnp.where(x <= 0, grad * input_scale * alpha * scale * jnp.exp(x * input_scale), grad * scale)
 
 
-@lowering(aten.celu.default, promote="default")
+@lowering(aten.celu.default, promote="default", exact=("alpha",))
 def celu(x, alpha=1.0):
     """x above 0, alpha expm1(x / alpha) below."""
     return jnp.where(x > 0, x, alpha * jnp.expm1(x / alpha))
 
 
-@lowering(aten.leaky_relu.default, promote="default")
+@lowering(aten.leaky_relu.default, promote="default", exact=("negative_slope",))
 def leaky_relu(x, negative_slope=0.01):
     """x above 0, negative_slope x below."""
     return jnp.where(x > 0, x, x * negative_slope)
 
 
-@lowering(aten.leaky_relu_backward.default, promote="default")
+@lowering(aten.leaky_relu_backward.default, promote="default", exact=("negative_slope",))
 def leaky_relu_backward(grad, x, negative_slope, self_is_result):
     """grad above 0, negative_slope grad below."""
     return jnp.where(x > 0, grad, grad * negative_slope)
@@ -174,7 +174,7 @@ def hardshrink(x, lambd=0.5):
     return jnp.where((x >= -lambd) & (x <= lambd), 0, x)
 
 
-@lowering(aten.softshrink.default, promote="default")
+@lowering(aten.softshrink.default, promote="default", exact=("lambd",))
 def softshrink(x, lambd=0.5):
     """x moved towards 0 by lambd; NaN stays."""
     return jnp.where(x > lambd, x - lambd, jnp.where(x < -lambd, x + lambd, x * 0))

@@ -46,13 +46,13 @@ def rsub(x, other, alpha=1):
     return jnp.subtract(other, x if _is(alpha, 1) else jnp.multiply(x, alpha))
 
 
-@lowering(aten.div.Tensor, aten.div.Scalar, promote="int_to_float")
+@lowering(aten.div.Tensor, aten.div.Scalar, promote="int_to_float", exact=("other",))
 def div(x, other):
     """x / other."""
     return jnp.true_divide(x, other)
 
 
-@lowering(aten.div.Tensor_mode, aten.div.Scalar_mode, promote="keep", checks=True)
+@lowering(aten.div.Tensor_mode, aten.div.Scalar_mode, promote="keep", exact=("other",), checks=True)
 def div_mode(x, other, *, rounding_mode=None):
     """x / other, then rounded towards zero ("trunc") or down ("floor")."""
     x, other = _pair(x, other)
@@ -62,9 +62,10 @@ def div_mode(x, other, *, rounding_mode=None):
         return _int_trunc(x, other)
     if not is_inexact(x):
         x, other = x.astype(default_float()), other.astype(default_float())
-    quotient = wide(x) / wide(other)
-    # CPU torch rounds the quotient to 16 bits before it truncates it
-    return jnp.trunc(quotient.astype(x.dtype)) if rounding_mode == "trunc" else quotient
+    if rounding_mode != "trunc":
+        return wide(x) / wide(other)
+    # CPU torch rounds a number, and the quotient before it truncates it, to 16 bits
+    return jnp.trunc((wide(x) / wide(other.astype(x.dtype))).astype(x.dtype))
 
 
 def _nonzero(divisor):
@@ -78,7 +79,7 @@ def _int_trunc(x, other):
     return lax.div(*jnp.broadcast_arrays(x, other))
 
 
-@lowering(aten.floor_divide.default, aten.floor_divide.Scalar, promote="default", checks=True)
+@lowering(aten.floor_divide.default, aten.floor_divide.Scalar, promote="default", exact=("other",), checks=True)
 def floor_divide(x, other):
     """Floor division as Python defines it (c10::div_floor_floating for floats)."""
     x, other = _pair(x, other)
@@ -212,7 +213,7 @@ def logaddexp2(x, other):
     return jnp.logaddexp2(x, other)
 
 
-@lowering(aten.ldexp.Tensor, promote="int_to_float")
+@lowering(aten.ldexp.Tensor, promote="int_to_float", exact=("other",))
 def ldexp(x, other):
     """x 2**other."""
     return x * jnp.exp2(other)
@@ -224,7 +225,7 @@ def nextafter(x, other):
     return jnp.nextafter(x, other)
 
 
-PRODUCT = table({"mul": jnp.multiply}, overloads=("Tensor", "Scalar"), promote="default")
+PRODUCT = table({"mul": jnp.multiply}, overloads=("Tensor", "Scalar"), promote="default", exact=("other",))
 EXTREMA = table({"maximum": jnp.maximum, "minimum": jnp.minimum, "fmax": jnp.fmax, "fmin": jnp.fmin}, promote="keep")
 ANGLES = table({"atan2": jnp.arctan2}, promote="int_to_float")
 DIVISORS = table({"gcd": jnp.gcd, "lcm": jnp.lcm}, promote="keep")

@@ -159,14 +159,14 @@ def masked_fill(x, mask, value):
     return jnp.where(mask.astype(np.bool_), cast(value, x.dtype), x)
 
 
-@lowering(aten.lerp.Scalar, aten.lerp.Tensor, promote="default")
+@lowering(aten.lerp.Scalar, aten.lerp.Tensor, promote="default", exact=("weight",))
 def lerp(x, end, weight):
     """x + weight (end - x), computed from the nearer end."""
     low = jnp.abs(weight) < 0.5
     return jnp.where(low, x + weight * (end - x), end - (end - x) * (1 - weight))
 
 
-@lowering(aten.addcmul.default, promote="default")
+@lowering(aten.addcmul.default, promote="default", exact=("value",))
 def addcmul(x, tensor1, tensor2, *, value=1):
     """x + value tensor1 tensor2."""
     if isinstance(value, (int, float)) and value == 1:
@@ -174,7 +174,7 @@ def addcmul(x, tensor1, tensor2, *, value=1):
     return x + value * tensor1 * tensor2
 
 
-@lowering(aten.addcdiv.default, promote="int_to_float")
+@lowering(aten.addcdiv.default, promote="int_to_float", exact=("value",))
 def addcdiv(x, tensor1, tensor2, *, value=1):
     """x + value tensor1 / tensor2."""
     if isinstance(value, (int, float)) and value == 1:
