@@ -17,17 +17,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 GENERATIONS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 
 
-@functools.cache
-def chip(topology: str) -> Mesh:
-    """One chip of a topology; the test is skipped where there is no compiler."""
+def devices(topology: str = "v5e:2x2") -> np.ndarray:
+    """The chips of a topology; the test is skipped where there is no compiler."""
     pytest.importorskip("libtpu")
     os.environ.update(
         ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_LOG_DIR="disabled"
     )
+    return _devices(topology)
+
+
+@functools.cache
+def _devices(topology: str) -> np.ndarray:
     from jax.experimental import topologies
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return Mesh(np.array(devices[:1]), ("x",))
+    return np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+
+
+def chip(topology: str) -> Mesh:
+    """One chip of a topology."""
+    return Mesh(devices(topology)[:1], ("x",))
 
 
 def compile_for_tpu(function: Callable[..., Any], *shapes: Any, topology: str = "v5e:2x2") -> Any:

@@ -328,11 +328,8 @@ def test_batched_by_jax(on_cpu):
 
 
 @pytest.mark.parametrize(("shape", "key_heads"), [((2, 2), 2), ((1, 4), 2)])
-def test_divided_operands_give_what_whole_ones_give(on_cpu, monkeypatch, shape, key_heads):
-    monkeypatch.setattr(torchax._sharding, "_batch_axes", {})
-    if len(jax.devices()) < 4:
-        pytest.skip("needs several JAX devices; XLA_FLAGS was set from outside")
-    mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+def test_divided_operands_give_what_whole_ones_give(on_cpu, virtual_mesh, shape, key_heads):
+    mesh = virtual_mesh(shape)
     arrays, mask = _case(4, key_heads, 64, 64, "bool")
     low = [jnp.asarray(a, jnp.float16) for a in arrays]
 

@@ -206,11 +206,8 @@ def test_gradients_of_gradients_are_of_the_same_mask():
 
 # ---------------------------------------------------------------------- divided, and for TPU
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 2), (4, 1)])
-def test_devices_drop_what_one_would(heads, key_heads, monkeypatch):
-    monkeypatch.setattr(torchax._sharding, "_batch_axes", {})
-    if len(jax.devices()) < 4:
-        pytest.skip("needs several JAX devices; XLA_FLAGS was set from outside")
-    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+def test_devices_drop_what_one_would(heads, key_heads, virtual_mesh):
+    mesh = virtual_mesh((2, 2))
     arrays = [jnp.asarray(a, jnp.float32) for a in _case(4, heads, key_heads, 70, 70, 32, "none")[0]]
     seed = jnp.asarray(_SEED)
 

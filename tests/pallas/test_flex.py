@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import pytest
 import torch
 import torchax
@@ -168,11 +167,8 @@ def test_the_parts_mean_the_same(name):
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
 
 
-def test_divided_over_devices(monkeypatch):
-    monkeypatch.setattr(torchax._sharding, "_batch_axes", {})
-    if len(jax.devices()) < 4:
-        pytest.skip("needs several JAX devices; XLA_FLAGS was set from outside")
-    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+def test_divided_over_devices(virtual_mesh):
+    mesh = virtual_mesh((2, 2))
     documents = _documents(2)
     block = _block(lambda b, h, q, k: (q >= k) & (documents[b, q] == documents[b, k]))
 

@@ -1,7 +1,6 @@
 """The loss of a linear layer without its logits: against torch on CPU in float64, and compiled for TPU."""
 
 import math
-import os
 from typing import Any
 
 import jax
@@ -267,7 +266,6 @@ def test_rows_that_are_divided_over_devices(jax_devices, monkeypatch):
 def test_memory_of_a_vocabulary_on_tpu():
     """8,192 tokens, 4,096 features, 128,256 classes, bfloat16, forward and backward."""
     pytest.importorskip("libtpu")
-    os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
     from torchax.interop import aot_compile
 
     with torch.device("meta"):

@@ -1,7 +1,5 @@
 """Products of groups in programs that are divided over devices: on virtual ones, and by the TPU compiler."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,19 +9,10 @@ import torchax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tpu_programs import devices
+
 pytest.importorskip("torchax_ops_pallas")
 from torchax_ops_pallas.grouped import grouped_matmul, grouped_outer
-
-
-@pytest.fixture(autouse=True)
-def _nothing_said(monkeypatch):
-    monkeypatch.setattr(torchax._sharding, "_batch_axes", {})
-
-
-def _mesh(shape, names=("data", "model")):
-    if len(jax.devices()) < np.prod(shape):
-        pytest.skip("needs several JAX devices; XLA_FLAGS was set from outside")
-    return jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))
 
 
 def _train(interpret):
@@ -43,9 +32,9 @@ def _train(interpret):
         ((2, 2), [10, 20, 6], (P("data"), P(None, None, "model"), P("data", "model"))),  # rows and columns
     ],
 )
-def test_divided_operands_give_what_whole_ones_give(mesh, sizes, specs):
+def test_divided_operands_give_what_whole_ones_give(mesh, sizes, specs, virtual_mesh):
     rng = np.random.default_rng(len(sizes))
-    mesh, draw = _mesh(mesh), lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    mesh, draw = virtual_mesh(mesh), lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     operands = draw(40, 16), draw(len(sizes), 16, 24), draw(40, 24), jnp.asarray(np.cumsum(sizes), jnp.int32)
     placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(operands, (*specs, P()), strict=True)]
     step = _train(True)
@@ -59,8 +48,8 @@ def test_divided_operands_give_what_whole_ones_give(mesh, sizes, specs):
         assert x.sharding.shard_shape(x.shape) == NamedSharding(mesh, spec).shard_shape(x.shape)
 
 
-def test_gradients_of_gradients():
-    mesh = _mesh((2, 2))
+def test_gradients_of_gradients(virtual_mesh):
+    mesh = virtual_mesh((2, 2))
     rng = np.random.default_rng(0)
     x, y, w = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((40, 16), (40, 24), (4, 16, 24)))
     ends = jnp.asarray([10, 10, 27, 36], jnp.int32)
@@ -85,7 +74,7 @@ def test_vmap_calls_one_after_another():
         np.testing.assert_allclose(each, grouped_outer(part, y, ends, True), rtol=1e-5, atol=1e-5)
 
 
-def test_experts_of_a_divided_model():
+def test_experts_of_a_divided_model(virtual_mesh):
     from torchax.interop import by_name, shard_batch, shard_module
 
     class Experts(torch.nn.Module):
@@ -104,7 +93,7 @@ def test_experts_of_a_divided_model():
     expected.square().sum().backward()
     gradients = [p.grad for p in model.parameters()]
     model.zero_grad()
-    mesh = _mesh((2, 2))
+    mesh = virtual_mesh((2, 2))
     with torchax.config.override(pallas="interpret"):
         model = shard_module(model.to("jax"), mesh, by_name([("*", ("model", None, None))], batch="data"))
         found = torchax.compile(model)(shard_batch(x, mesh), shard_batch(expert, mesh))
@@ -116,17 +105,7 @@ def test_experts_of_a_divided_model():
 
 @pytest.mark.tpu_aot
 def test_the_tpu_compiler_gathers_no_matrices():
-    pytest.importorskip("libtpu")
-    os.environ.update(
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_LOG_DIR="disabled",
-    )
-    from jax.experimental import topologies
-
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "model"))
+    mesh = Mesh(devices().reshape(2, 2), ("data", "model"))
     rows, k, n, groups = 8192, 1024, 512, 8
     shapes = ((rows, k), P("data")), ((groups, k, n), P("model")), ((rows, n), P("data"))
     avals = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=NamedSharding(mesh, p)) for s, p in shapes]

@@ -1,11 +1,9 @@
 """Products of 8-bit operands: as CPU torch computes them, and what the TPU compiler makes of them."""
 
-import os
 import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +11,8 @@ import torchax
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import ScalingType, SwizzleType
+
+from tpu_programs import compile_for_tpu
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SIZES = st.tuples(*[st.integers(0, 40)] * 3)
@@ -182,18 +182,9 @@ def test_a_linear_layer_with_int8_weights_compiled():
 
 
 def _compile(function, *shapes, topology):
-    pytest.importorskip("libtpu")
-    os.environ.update(
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_LOG_DIR="disabled"
-    )
-    from jax.experimental import topologies
-
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    mesh = jax.sharding.Mesh(np.array([device]), ("x",))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    avals = [jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for shape, dtype in shapes]
-    with jax.sharding.set_mesh(mesh), jax.default_matmul_precision("highest"):  # as torch asks for float32
-        return jax.jit(function).trace(*avals).lower(lowering_platforms=("tpu",)).compile()
+    avals = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    with jax.default_matmul_precision("highest"):  # as torch asks for float32
+        return compile_for_tpu(function, *avals, topology=topology)
 
 
 _K, _N = 4096, 14336

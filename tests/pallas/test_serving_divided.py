@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 
 import jax
@@ -15,23 +14,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torchax import convert
 
+from tpu_programs import devices
+
 pytest.importorskip("torchax_ops_pallas")
 from jax._src import literals
 from jax.experimental.pallas import tpu as pltpu
 from torchax_ops_pallas import dividing, paged, ragged
 
 _DIVIDED = [P(None, "model"), P(None, None, "model"), P(), P(), P(), P()]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_said(monkeypatch):
-    monkeypatch.setattr(torchax._sharding, "_batch_axes", {})
-
-
-def _mesh(shape, names=("data", "model")):
-    if len(jax.devices()) < np.prod(shape):
-        pytest.skip("needs several JAX devices; XLA_FLAGS was set from outside")
-    return jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))
 
 
 def _random(*shape):
@@ -86,19 +76,19 @@ def _check(call, operands, mesh, specs):
         ((2, 2), (4, 1), [P("data"), P(), P(), P("data"), P("data")], (2, 4, 128)),
     ],
 )
-def test_paged_attention(interpreted, mesh, heads, specs, part):
-    text, shape = _check(_paged_call, _paged(4, *heads), _mesh(mesh), specs)
+def test_paged_attention(interpreted, mesh, heads, specs, part, virtual_mesh):
+    text, shape = _check(_paged_call, _paged(4, *heads), virtual_mesh(mesh), specs)
     assert shape == part and "all-gather" not in text and "all-to-all" not in text
 
 
-def test_paged_attention_on_one_axis_divides_the_heads_of_the_cache(interpreted):
+def test_paged_attention_on_one_axis_divides_the_heads_of_the_cache(interpreted, virtual_mesh):
     specs = [P(None, "x"), P("x"), P("x"), P(), P()]
-    text, shape = _check(_paged_call, _paged(4, 4, 4), _mesh((4,), ("x",)), specs)
+    text, shape = _check(_paged_call, _paged(4, 4, 4), virtual_mesh((4,), ("x",)), specs)
     assert shape == (4, 1, 128) and "all-gather" not in text and "all-to-all" not in text
 
 
-def test_ragged_paged_attention(interpreted):
-    text, shape = _check(_ragged_call, _ragged(), _mesh((2, 2)), _DIVIDED)
+def test_ragged_paged_attention(interpreted, virtual_mesh):
+    text, shape = _check(_ragged_call, _ragged(), virtual_mesh((2, 2)), _DIVIDED)
     assert shape == (24, 2, 128) and "all-gather" not in text and "all-to-all" not in text
 
 
@@ -128,17 +118,7 @@ def test_which_axes_divide_what(sizes, batch, heads, expected):
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("kind", ["paged", "ragged"])
 def test_the_tpu_compiler_gathers_no_cache(kind):
-    pytest.importorskip("libtpu")
-    os.environ.update(
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_LOG_DIR="disabled",
-    )
-    from jax.experimental import topologies
-
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "model"))
+    mesh = Mesh(devices().reshape(2, 2), ("data", "model"))
     shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
     if kind == "paged":
         cache = shape(jnp.bfloat16, 8, 1024, 16, 128)

@@ -14,17 +14,6 @@ from torchax_ops_pallas import dividing
 from torchax_ops_pallas.attention import attention
 
 
-@pytest.fixture(autouse=True)
-def _nothing_said(monkeypatch):
-    monkeypatch.setattr(torchax._sharding, "_batch_axes", {})
-
-
-def _mesh(shape, names=("data", "model")):
-    if len(jax.devices()) < np.prod(shape):
-        pytest.skip("needs several JAX devices; XLA_FLAGS was set from outside")
-    return jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))
-
-
 def _value_and_gradients(query, key, value, *mask):
     def loss(*qkv):
         out = attention(*qkv, *mask, causal=True, scale=0.2, interpret=True)
@@ -55,9 +44,9 @@ def _case(batch, heads, key_heads, mask):
         ((2, 2), 3, 3, None, P("data")),  # heads that cannot be divided
     ],
 )
-def test_divided_operands_give_what_whole_ones_give(mesh, heads, key_heads, mask, divided):
+def test_divided_operands_give_what_whole_ones_give(mesh, heads, key_heads, mask, divided, virtual_mesh):
     operands = _case(4, heads, key_heads, mask)
-    mesh = _mesh(mesh)
+    mesh = virtual_mesh(mesh)
     of_keys = divided if key_heads % mesh.shape["model"] == 0 else P("data")
     specs = [divided, of_keys, of_keys, *(P("data") if m.shape[0] == 4 else P() for m in operands[3:])]
     placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(operands, specs, strict=True)]
@@ -69,9 +58,9 @@ def test_divided_operands_give_what_whole_ones_give(mesh, heads, key_heads, mask
     assert found.sharding.shard_shape(found.shape)[0] == 4 // mesh.shape["data"]
 
 
-def test_operands_laid_out_otherwise_are_laid_out_anew():
+def test_operands_laid_out_otherwise_are_laid_out_anew(virtual_mesh):
     operands = _case(3, 2, 2, None)
-    mesh = _mesh((2,), ("x",))
+    mesh = virtual_mesh((2,), ("x",))
     placed = [jax.device_put(x, NamedSharding(mesh, P(None, None, "x"))) for x in operands]
     for found, expected in zip(jax.jit(_value_and_gradients)(*placed), _value_and_gradients(*operands), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
@@ -91,9 +80,9 @@ def test_vmap_folds_into_the_batch(mask):
 
 
 @pytest.mark.parametrize("manual", [{"data", "model"}, {"data"}])
-def test_inside_of_shard_map(manual):
+def test_inside_of_shard_map(manual, virtual_mesh):
     operands = _case(4, 4, 2, None)
-    mesh = _mesh((2, 2))
+    mesh = virtual_mesh((2, 2))
     spec = P("data", "model") if len(manual) == 2 else P("data")
     each = jax.shard_map(
         _value_and_gradients, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=manual, check_vma=False
@@ -126,10 +115,10 @@ def test_which_axes_divide_what(mesh, known, sizes, expected):
     assert (axes["b"], axes["h"], axes["g"]) == expected
 
 
-def test_a_model_that_is_divided():
+def test_a_model_that_is_divided(virtual_mesh):
     from torchax.interop import shard_batch, shard_module, tensor_parallel
 
-    mesh = _mesh((2, 2))
+    mesh = virtual_mesh((2, 2))
 
     class Attend(torch.nn.Module):
         def __init__(self):

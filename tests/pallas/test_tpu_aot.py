@@ -1,38 +1,21 @@
 """The kernels and a model compiled by the real TPU compiler (libtpu), on a machine without a TPU."""
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+
+from tpu_programs import compile_for_tpu, devices
 
 pytest.importorskip("libtpu")
 pytest.importorskip("torchax_ops_pallas")
-os.environ.update(
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_LOG_DIR="disabled"
-)
 from jax.experimental import pallas as pl
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torchax import convert
 from torchax_ops_pallas.attention import attention
 
 pytestmark = pytest.mark.tpu_aot
-
-
-@functools.cache
-def _mesh(topology):
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return Mesh(np.array(devices[:1]), ("x",))
-
-
-def _compile(function, *shapes, topology="v5e:2x2"):
-    mesh = _mesh(topology)
-    avals = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, PartitionSpec())) for s in shapes]
-    with jax.sharding.set_mesh(mesh):
-        return jax.jit(function).trace(*avals).lower(lowering_platforms=("tpu",)).compile()
 
 
 def _train(*operands, causal):
@@ -56,7 +39,7 @@ def test_kernels_compile(topology, heads, key_heads, length, keys, features, dty
     query = jax.ShapeDtypeStruct((1, heads, length, features), dtype)
     key = jax.ShapeDtypeStruct((1, key_heads, keys, features), dtype)
     masks = () if mask == "none" else (jax.ShapeDtypeStruct((length, keys), jnp.bool_),)
-    program = _compile(functools.partial(_train, causal=True), query, key, key, *masks, topology=topology)
+    program = compile_for_tpu(functools.partial(_train, causal=True), query, key, key, *masks, topology=topology)
     assert program.as_text().count("tpu_custom_call") >= 3
 
 
@@ -95,7 +78,7 @@ def test_a_llama_block_of_8k_tokens_uses_the_kernel():
     temporary = {}
     for mode in ("off", "required"):
         with torchax.config.override(pallas=mode), convert.compiling_for("tpu"):
-            program = _compile(lambda x, *w: function(tree.unflatten(w), x), x, *leaves)
+            program = compile_for_tpu(lambda x, *w: function(tree.unflatten(w), x), x, *leaves)
         assert ("tpu_custom_call" in program.as_text()) is (mode == "required")
         temporary[mode] = program.memory_analysis().temp_size_in_bytes
     assert temporary["required"] < 0.25 * temporary["off"]
@@ -105,8 +88,7 @@ def test_a_divided_train_step_of_a_llama_block_uses_the_kernels():
     import torchax
 
     weights, function = _llama_block()
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "model"))
+    mesh = Mesh(devices().reshape(2, 2), ("data", "model"))
 
     def shape(x, *spec):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
@@ -145,4 +127,4 @@ def test_a_kernel_that_exceeds_the_vector_memory_is_refused():
         )(x)
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="(?i)vmem"):
-        _compile(double, jax.ShapeDtypeStruct((8192, 16384), jnp.float32))
+        compile_for_tpu(double, jax.ShapeDtypeStruct((8192, 16384), jnp.float32))
