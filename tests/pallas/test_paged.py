@@ -182,9 +182,15 @@ def test_bad_input(change, error, words):
 
 
 @pytest.mark.tpu_aot
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 @pytest.mark.parametrize(
-    ("heads", "key_heads", "size", "of_each"), [(32, 8, 16, 251), (8, 1, 32, 128), (16, 16, 128, 32)]
+    ("topology", "heads", "key_heads", "size", "of_each"),
+    [
+        ("v4:2x2x1", 32, 8, 16, 251),
+        ("v5e:2x2", 32, 8, 16, 251),
+        ("v5e:2x2", 8, 1, 32, 128),
+        ("v5p:2x2x1", 16, 16, 128, 32),
+        ("v6e:2x2", 8, 1, 32, 128),
+    ],
 )
 def test_the_tpu_compiler_gathers_no_pages(topology, heads, key_heads, size, of_each):
     pytest.importorskip("libtpu")

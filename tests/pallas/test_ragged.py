@@ -293,9 +293,15 @@ def test_bad_input(change, options, error, words):
 
 
 @pytest.mark.tpu_aot
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 @pytest.mark.parametrize(
-    ("heads", "key_heads", "features", "size"), [(32, 8, 128, 16), (28, 4, 128, 64), (16, 16, 128, 8), (4, 1, 256, 32)]
+    ("topology", "heads", "key_heads", "features", "size"),
+    [
+        ("v5e:2x2", 32, 8, 128, 16),
+        ("v5e:2x2", 28, 4, 128, 64),
+        ("v5p:2x2x1", 16, 16, 128, 8),
+        ("v4:2x2x1", 4, 1, 256, 32),
+        ("v6e:2x2", 4, 1, 256, 32),
+    ],
 )
 def test_the_tpu_compiler_gathers_no_pages(topology, heads, key_heads, features, size):
     pytest.importorskip("libtpu")
