@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import textwrap
 import warnings
 
@@ -219,16 +220,26 @@ def _view(read, inverse=None):
         (Lowering(op="aten::gelu", fn=lambda x: x, whole=True), "has no keyword approximate"),
         (Lowering(op="aten::gelu", fn=lambda x, *, approx="none": x), "has no keyword approximate"),
         (Lowering(op="aten::sinc", fn=lambda x: x, when=lambda: True), "the predicate .* takes 0 positional arguments"),
+        (Lowering(op=MISSING_OP, fn=None), "there is no function"),
+        (Lowering(op=MISSING_OP, fn=lambda x, by=1.0: x, when="tpu"), "when='tpu' cannot be called"),
+        (Lowering(op=MISSING_OP, fn=lambda x, by=1.0: x, kind="funcional"), "kind='funcional': one of functional, "),
+        (Lowering(op=MISSING_OP, fn=lambda x, by=1.0: x, platforms="tpu"), r"write a tuple, \('tpu',\)"),
+        (Lowering(op=MISSING_OP, fn=lambda x, by=1.0: x, platforms=("cuda",)), "JAX calls it 'gpu'"),
+        (
+            Lowering(op=MISSING_OP, fn=lambda x, by=1.0: x, dtypes=("float32",)),
+            "dtypes has 'float32': expected dtypes of",
+        ),
         (_view(lambda x, dim: x), "takes 2 positional arguments, and up to 3 come"),
         (_view(lambda x, dim, index: x, lambda base: base), "the inverse .* takes 1 positional arguments, and up to 4"),
     ],
 )
-def test_a_plugin_with_a_lowering_of_the_wrong_signature_is_quarantined(ops, load, entry, words):
+def test_a_plugin_whose_lowering_cannot_be_what_it_says_is_quarantined(ops, load, entry, words):
     with pytest.raises(errors.PluginError, match=words) as caught:
         load("narrow", entry, Lowering(op="torchax_plugins::shifted_", fn=lambda: None))
     said = str(caught.value)
-    assert "'narrow'" in said and f"{entry.op}: the " in said and "(and 1 more)" in said
-    assert f"{__file__}:" in said and "Tensor" in said, "the place, and the schema"
+    assert "'narrow'" in said and f"{entry.op}: " in said and "(and 1 more)" in said
+    if f"{entry.op}: the " in said:
+        assert f"{__file__}:" in said and "Tensor" in said, "the place, and the schema"
     assert MISSING_OP not in torchax._registry.REGISTRY
     (status,) = [p for p in plugins.status() if p.name == "narrow"]
     assert status.state == "quarantined"
@@ -276,6 +287,21 @@ def test_a_lowering_of_an_op_that_is_defined_later_is_looked_at_when_it_is_calle
         lib._destroy()
 
 
+def test_operators_that_torch_does_not_have_and_plugins_without_hooks_are_faults_for_doctor(load):
+    load("misspelt", Lowering(op="aten::sincc", fn=abs))
+    assert plugins.faults("misspelt") == []
+    (found,) = plugins.faults("misspelt", thorough=True)
+    assert found.startswith("aten::sincc: torch has no such operator; did you mean aten::sinc")
+    plugins.register(object(), "idle")
+    try:
+        (found,) = plugins.faults("idle", thorough=True)
+        assert "it has no hook" in found and "hookimpl" in found
+    finally:
+        plugins.disable("idle")
+        plugins._found.pop("idle")
+        plugins._objects.pop("idle")
+
+
 def test_our_own_lowerings_have_the_parameters_of_their_operators():
     for name in ("aten", "pallas"):
         assert plugins.faults(name, thorough=True) == []
@@ -290,7 +316,10 @@ def test_a_name_is_taken_once(load):
         plugins.register(object(), "unique")
 
 
-@pytest.mark.parametrize("fault", ["raises", "exits", "wrong api", "twice", "no such hook", "wrong signature"])
+@pytest.mark.parametrize(
+    "fault",
+    ["raises", "exits", "wrong api", "twice", "no such hook", "wrong signature", "no dict", "no lowering", "no number"],
+)
 def test_a_broken_plugin_is_refused_and_leaves_nothing_behind(ops, load, fault):
     def register(self, registry):
         registry.add(shift())
@@ -301,12 +330,17 @@ def test_a_broken_plugin_is_refused_and_leaves_nothing_behind(ops, load, fault):
         if fault == "twice":
             registry.add(shift())
 
+        if fault == "no lowering":
+            registry.add("aten::sinc")
+        if fault == "no number":
+            registry.add(Lowering(op="aten::sinc", fn=abs, priority="9"))
+
     hooks = {"torchax_register_ops": register}
     if fault == "no such hook":
         hooks["torchax_registr_ops"] = lambda self: None
     if fault == "wrong signature":
         hooks["torchax_configure"] = lambda self, settings: None
-    info = {"name": "broken", "api": "9.0"} if fault == "wrong api" else None
+    info = {"wrong api": {"name": "broken", "api": "9.0"}, "no dict": ["broken", "1.0"]}.get(fault)
     with pytest.raises(errors.PluginError, match="broken"):
         load("broken", hooks=hooks, info=info)
     assert MISSING_OP not in torchax._registry.REGISTRY
@@ -317,9 +351,12 @@ def test_a_broken_plugin_is_refused_and_leaves_nothing_behind(ops, load, fault):
         "wrong api": "core API 9.0",
         "twice": "twice",
         "no such hook": "torchax_registr_ops",
+        "no dict": "torchax_plugin_info gives ['broken', '1.0']; expected a dict",
+        "no lowering": "registry.add takes a torchax.ops.Lowering, got 'aten::sinc'",
+        "no number": "aten::sinc: priority '9' is no number",
         "wrong signature": "{'settings'} are declared in the hookimpl but can not be found",
     }
-    assert status.state == "quarantined" and expected[fault] in status.reason
+    assert status.state == "quarantined" and expected[fault] in status.reason and isinstance(status.info, dict)
     with pytest.raises(errors.OperatorNotFound, match="quarantined"):
         ops.shifted(ones())
 
@@ -371,8 +408,11 @@ def test_broken_installed_plugins_are_quarantined_with_one_warning_each(tmp_path
         "for w in seen:\n"
         "    if 'torchax plugin' in str(w.message): print('WARNING', str(w.message).splitlines()[0])\n"
         "for p in torchax.plugins.status(): print(p.name, p.state, p.reason, sep='|')\n"
+        "for name in ('raising', 'exiting'):\n"
+        "    try: torchax.plugins.enable(name)\n"
+        "    except torchax.errors.PluginError as e: print('REFUSED', e)\n"
         "print((torch.ones(2, device='jax') + 1).tolist())\n",
-        PYTHONPATH=str(tmp_path),
+        PYTHONPATH=os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))),
         TORCHAX_PLUGINS="-unwanted",
     )
     warned = [line for line in out.splitlines() if line.startswith("WARNING")]
@@ -384,6 +424,8 @@ def test_broken_installed_plugins_are_quarantined_with_one_warning_each(tmp_path
     assert state["fine"][0] == "loaded" and state["aten"][0] == "loaded"
     assert state["raising"] == ["quarantined", "its import failed: RuntimeError: on import"]
     assert "SystemExit" in state["exiting"][1] and "core API 2.0" in state["future"][1]
+    assert "REFUSED plugin 'raising' cannot be loaded: its import failed: RuntimeError: on import" in out
+    assert "REFUSED plugin 'exiting' cannot be loaded: its import failed: SystemExit: 3" in out
     assert state["unwanted"] == ["disabled", "TORCHAX_PLUGINS"]
     assert out.splitlines()[-1] == "[2.0, 2.0]"
 

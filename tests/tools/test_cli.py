@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import os
 import pathlib
@@ -15,8 +17,8 @@ import pytest
 import torch
 import torchax
 from torchax import plugins
-from torchax.ops import Lowering
-from torchax_tools import cli, coverage, doctor, index, mistakes
+from torchax.ops import REGISTRY, Lowering
+from torchax_tools import cli, coverage, doctor, index, mistakes, output
 from typer.testing import CliRunner
 
 from helpers import run_python
@@ -101,6 +103,78 @@ def test_works_when_piped(tmp_path: pathlib.Path) -> None:
     assert process.returncode in (0, -signal.SIGPIPE) and not errors, errors
 
 
+def test_tables_are_lines_in_pipes_and_paragraphs_on_narrow_terminals(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"op": "x" * 200, "state": "wrong", "n": 3}, {"op": "a\nb", "state": "", "n": 10}]
+    output.write_table("All", rows)
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "All" and lines[4] == f"  {'x' * 200}  wrong   3" and lines[5] == f"  {'a b':200}         10"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    for width, said in (
+        (300, f"  {'x' * 200}  \x1b[31mwrong\x1b[0m   3\n"),
+        (40, f"  {'x' * 25}  \x1b[31mwrong\x1b[0m"),
+        (24, "\n\x1b[1mop: \x1b[0ma b\n\x1b[1mn: \x1b[0m10\n"),
+    ):
+        monkeypatch.setenv("COLUMNS", str(width))
+        output.write_table("", rows)
+        written = capfd.readouterr().out
+        assert said in written, f"{width}:\n{written!r}"
+
+
+def test_a_list_of_everything_takes_little_time() -> None:
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    rows = [{"op": f"aten::op{i}", "kind": "functional", "priority": i, "condition": "always"} for i in range(500)]
+    sys.setprofile(count)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            output.write_table("", rows)
+    finally:
+        sys.setprofile(None)
+    assert calls < 100 * len(rows), calls  # rich's tables: 1,900 for each
+
+
+def test_completion() -> None:
+    def complete(*words: str) -> list[str]:
+        typed = {
+            "_TORCHAX_OPS_COMPLETE": "complete_bash",
+            "COMP_WORDS": " ".join(words),
+            "COMP_CWORD": str(len(words) - 1),
+        }
+        code = "import sys; sys.argv = ['torchax-ops']; from torchax_tools.cli import main; main()"
+        result = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **typed}, capture_output=True, text=True, timeout=120
+        )
+        return result.stdout.split()
+
+    made = {"plugin": "aten", "priority": 0, "condition": "", "kind": ""}
+    index.folder().mkdir(parents=True)
+    output.save(
+        json.dumps(
+            [{"op": "aten::softplus", "family": "activation", **made}, {"op": "my::soft", "family": "own", **made}]
+        ),
+        index.folder() / f"lowerings-{index.fingerprint()}.json",
+    )
+    assert complete("torchax-ops", "expl") == ["explain"]
+    assert complete("torchax-ops", "explain", "soft") == ["softplus"]
+    assert complete("torchax-ops", "explain", "aten::s") == ["aten::softplus"]
+    assert complete("torchax-ops", "coverage", "--family", "a") == ["activation"]
+    assert complete("torchax-ops", "scan", "--platform", "") == ["cpu", "gpu", "tpu"]
+    assert complete("torchax-ops", "explain", "--dtype", "bf") == ["bfloat16"]
+
+
+def test_plugins_keeps_what_list_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    run("plugins")
+    monkeypatch.setattr(index, "_load", lambda: pytest.fail("loaded the plugins again"))
+    assert "aten::softplus " in run("list", "softplus")
+
+
 # explain ----------------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +252,9 @@ def test_explain_completes_calls() -> None:
     ("arguments", "said"),
     [
         (("explain", "sofmax"), "did you mean aten::softmax"),
+        (("explain", "add.Tensr"), "did you mean aten::add.Tensor"),
+        (("explain", "torch.nn.functional.relu"), "did you mean aten::relu"),
+        (("explain", "mm", "--dtype", "quint8", "--shape", "2x2"), "torch.quint8 has no counterpart in JAX"),
         (("explain", "nothing::softmax"), "no op 'nothing::softmax'"),
         (("explain", "mm", "--dtype", "float33"), "no dtype 'float33'"),
         (("explain", "mm", "--platform", "npu"), "no platform 'npu'; there are cpu, gpu, tpu"),
@@ -191,6 +268,9 @@ def test_explain_completes_calls() -> None:
         (("coverage", "--family", "nothing"), "no family 'nothing'; there are activation"),
         (("coverage", "--platform", "npu"), "no platform 'npu'"),
         (("coverage", "--dtype", "float33"), "no dtype 'float33'"),
+        (("coverage", "--family", "nrom"), "no family 'nrom'; did you mean norm"),
+        (("coverage", "--dtype", "bfloat61"), "no dtype 'bfloat61'; did you mean bfloat16"),
+        (("coverage", "--diff", "nowhere.json", "--output", "x.txt"), "--format json, csv, markdown or html"),
         (("coverage", "--results", "nowhere.json"), "nowhere.json: No such file"),
         (("coverage", "--diff", "nowhere.json"), "nowhere.json: No such file"),
         (("coverage", "--output", "x.txt"), "--format json, csv, markdown or html"),
@@ -200,8 +280,8 @@ def test_explain_completes_calls() -> None:
     ],
 )
 def test_bad_arguments(arguments: tuple[str, ...], said: str, capfd: pytest.CaptureFixture[str]) -> None:
-    output = run(*arguments, code=2) + capfd.readouterr().err
-    assert "Traceback" not in output and said in output
+    said_by_both = run(*arguments, code=2) + capfd.readouterr().err
+    assert "Traceback" not in said_by_both and said in said_by_both
 
 
 # plugins, doctor, fallbacks ---------------------------------------------------------------------------------------
@@ -278,6 +358,47 @@ def test_fallbacks(tmp_path: pathlib.Path) -> None:
     assert json.loads(out) == []
 
 
+def test_doctor_sees_ties(monkeypatch: pytest.MonkeyPatch, matrices: None) -> None:
+    monkeypatch.setattr(doctor, "_training_step", lambda compiled: doctor.line("step", "ok", ""))
+    assert "aten::sinc" not in run("doctor"), "matrices and its rival tie where a predicate says so alone"
+    entries = [Lowering(op="aten::sinc", fn=abs, priority=7, provider=name, **more)
+               for name, more in (("one", {"platforms": ("cpu", "tpu")}), ("two", {"platforms": ("tpu",)}))]  # fmt: skip
+    for entry in entries:
+        REGISTRY.add(entry)
+    try:
+        (tie,) = [c for c in json.loads(run("doctor", "--format", "json", code=1)) if c["what"] == "aten::sinc"]
+        assert tie["state"] == "wrong" and "plugins one and two lower it with the same priority 7" in tie["detail"]
+    finally:
+        REGISTRY.remove("one")
+        REGISTRY.remove("two")
+
+
+def test_a_predicate_that_raises_ends_the_explanation() -> None:
+    REGISTRY.add(Lowering(op="aten::sinc", fn=abs, priority=9, provider="clumsy", when=lambda x: x.nothing))
+    try:
+        (answer,) = as_json("explain", "sinc", "--shape", "2")[:1]
+    finally:
+        REGISTRY.remove("clumsy")
+    assert answer["served"] == "" and answer["steps"][-1]["step"] == "resolution"
+    assert "of plugin 'clumsy' raised AttributeError" in answer["steps"][-1]["result"]
+
+
+def test_a_section_that_fails_names_its_plugin_and_leaves_the_others(matrices: None) -> None:
+    class Broken:
+        @plugins.hookimpl
+        def torchax_report_section(self):
+            return {"title": "no rows"}
+
+    plugins.register(Broken(), "unready")
+    try:
+        found = {s["title"]: s["rows"] for s in as_json("coverage", "--family", "fft")["sections"]}
+    finally:
+        plugins.disable("unready")
+        plugins._found.pop("unready")
+        plugins._objects.pop("unready")
+    assert found["the section of plugin 'unready' failed"] == [{"error": "KeyError: 'rows'"}] and "Matrices" in found
+
+
 # coverage ---------------------------------------------------------------------------------------------------------
 
 RECORDS = [
@@ -343,6 +464,19 @@ def test_coverage_formats(results: str, tmp_path: pathlib.Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def test_what_is_no_file_is_written_to_and_links_lead_on(tmp_path: pathlib.Path) -> None:
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "file"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True) as reader:
+        output.save("text", pipe)
+        assert reader.communicate(timeout=20)[0] == "text" and pipe.is_fifo()
+    file.write_text("before")
+    file.chmod(0o600)
+    link.symlink_to(file)
+    output.save("after", link)
+    assert link.is_symlink() and file.read_text() == "after" and file.stat().st_mode & 0o777 == 0o600
+
+
 def test_fail_under() -> None:
     assert "fewer than 100 %" in run("coverage", "--fail-under", "100", code=1)
     run("coverage", "--fail-under", "50")
@@ -374,6 +508,9 @@ def test_diff(results: str, tmp_path: pathlib.Path) -> None:
         ("{", "is not JSON"),
         ('{"a": 1}', "is no results file"),
         ('[{"op": "mm"}]', "dtype, form, op, status"),
+        ('[{"op": 1, "form": "forward", "dtype": "int64", "status": "pass"}]', "is no results file"),
+        ('[{"op": "mm", "form": "forward", "dtype": [], "status": "pass"}]', "is no results file"),
+        ('[{"op": "mm", "aten": 3, "form": "forward", "dtype": "int64", "status": "pass"}]', "is no results file"),
         ('[{"op": "mm", "form": "forward", "dtype": "int64", "status": "maybe"}]', "unknown statuses maybe"),
     ],
 )
@@ -384,6 +521,15 @@ def test_broken_results(text: str, said: str, tmp_path: pathlib.Path, capfd: pyt
     assert said in output and "Traceback" not in output
     output = run("coverage", "--diff", str(path), code=2) + capfd.readouterr().err
     assert "is no report" in output
+
+
+@pytest.mark.parametrize("row", [{"parity": [1]}, {"op": 3}, {"kind": None}, {"parity": {"forward": "pass"}}])
+def test_a_report_of_another_shape(
+    row: dict[str, Any], tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"ops": [{"op": "aten::mm", "kind": "lowered", **row}]}))
+    assert "is no report" in run("coverage", "--diff", str(path), code=2) + capfd.readouterr().err
 
 
 # scan -------------------------------------------------------------------------------------------------------------
@@ -400,6 +546,12 @@ def nothing(): return 3
 def module(): return torch.nn.Linear(2, 2)
 def fails(): raise ValueError("not today")
 def exits(): raise SystemExit(3)
+class Lazy:
+    def __getattr__(self, name): raise RuntimeError("not here")
+lazy = Lazy()
+def prints():
+    print("loading")
+    return torch.relu, (torch.ones(2),)
 number = 3
 """
 
@@ -422,6 +574,7 @@ def test_scan(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("scanned_models:fails", "ValueError: not today"),
         ("scanned_models:exits", "SystemExit"),
         ("scanned_models:number", "is a int, not callable"),
+        ("scanned_models:lazy.make", "RuntimeError: not here"),
         ("scanned_models:absent", "no attribute 'absent'"),
         ("scanned_empty:make", "its import failed: RuntimeError: at import"),
         ("scanned_nowhere:make", "no module 'scanned_nowhere'"),
@@ -431,6 +584,12 @@ def test_scan(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         output = run("scan", what, code=2)
         assert message in output and "Traceback" not in output, output
+
+
+def test_scan_of_a_file_that_is_called_as_another_module_and_prints(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "json.py").write_text(MODELS)
+    report = json.loads(run("scan", f"{tmp_path / 'json.py'}:prints", "--format", "json"))
+    assert [row["op"] for row in report["ops"]] == ["aten::relu"] and sys.modules["json"] is json
 
 
 def test_scan_of_an_exported_program(tmp_path: pathlib.Path) -> None:

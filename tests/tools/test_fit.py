@@ -7,6 +7,7 @@ from torchax_tools import cli
 from typer.testing import CliRunner
 
 _MODELS = """
+import sys
 import torch
 
 def mlp():
@@ -20,6 +21,16 @@ def function():
 
 def broken():
     raise OSError("no disk")
+
+def prints():
+    print("loading")
+    return function()
+
+def identity():
+    return torch.nn.ReLU(), (torch.empty(4, 8),)
+
+def leaves():
+    return (lambda x: sys.exit(5)), (torch.empty(4, 8),)
 
 nothing = 3
 """
@@ -51,6 +62,8 @@ def test_a_report():
     half = json.loads(_fit("fit_models:mlp", "--inference", "--dtype", "bfloat16", "--format", "json"))
     assert half["state_bytes"] == found["state_bytes"] // 2
     assert "fits" in _fit("fit_models:function", "--mesh", "data=2")
+    printing = CliRunner().invoke(cli.app, ["fit", "fit_models:prints", "--mesh", "data=2", "--format", "json"])
+    assert json.loads(printing.stdout)["fits"] and "loading" in printing.stderr
 
 
 @pytest.mark.tpu_aot
@@ -68,7 +81,9 @@ def test_what_does_not_fit_exits_with_1():
         (["no_such_module:make"], "no module 'no_such_module'"),
         (["fit_models:broken"], "OSError: no disk"),
         (["fit_models:mlp", "--topology", "v9:2x2"], "no TPU topology 'v9:2x2'"),
-        (["fit_models:mlp", "--mesh", "data"], "write sizes of axes"),
+        (["fit_models:mlp", "--mesh", "data"], "write the sizes of axes"),
+        (["fit_models:mlp", "--mesh", "data=2,data=4"], "each once"),
+        (["fit_models:identity"], "ReLU has no parameters to train; --inference"),
         (["fit_models:mlp", "--shard", "all"], "one of data, fsdp, tensor, fsdp+tensor"),
         (["fit_models:mlp", "--optimizer", "lion"], "one of adamw, adam, sgd"),
         (["fit_models:mlp", "--dtype", "float7"], "no dtype 'float7'"),
@@ -83,4 +98,5 @@ def test_layouts_that_do_not_fit_the_model_exit_with_2():
     pytest.importorskip("libtpu")
     assert "cannot be divided evenly" in _fit("fit_models:mlp", "--batch", "7", code=2)
     assert "mesh axes ['model']" in _fit("fit_models:mlp", "--shard", "tensor", code=2)
+    assert "the step cannot be compiled: SystemExit: 5" in _fit("fit_models:leaves", code=2)
     assert "no TPU topology 'v5e:3x3'" in _fit("fit_models:mlp", "--topology", "v5e:3x3", code=2)

@@ -21,11 +21,20 @@ def read(path: pathlib.Path) -> dict[str, dict[str, Any]]:
     """
     try:
         report = json.loads(path.read_text())
-        return {row["op"]: {"provider": "", "parity": {}, **row, "kind": row["kind"]} for row in report["ops"]}
+        rows = {row["op"]: {"provider": "", "parity": {}, **row, "kind": row["kind"]} for row in report["ops"]}
+        if all(map(_is_row, rows.values())):
+            return rows
+        raise ValueError
     except OSError as error:
         raise BrokenReport(f"{path}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError):
         raise BrokenReport(f"{path} is no report of torchax-ops coverage --format json") from None
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    strings = all(isinstance(row[key], str) for key in ("op", "kind", "provider"))
+    forms = row["parity"].values() if isinstance(row["parity"], dict) else [None]
+    return strings and all(isinstance(by, dict) and all(isinstance(s, str) for s in by.values()) for by in forms)
 
 
 def compare(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> list[dict[str, str]]:

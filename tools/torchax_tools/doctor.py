@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import platform
 
 from . import mistakes
@@ -103,8 +104,26 @@ def _plugins() -> list[dict[str, str]]:
             report = f"report it to the author of {owner or status.name}"
             wrong = plugins.faults(status.name, thorough=True)
             lines += [line(f"plugin {status.name}", "wrong", fault, report) for fault in wrong]
+    lines += _ties()
     if not any(s.state == "loaded" for s in plugins.status()):
         lines.append(line("plugins", "wrong", "none is loaded, so no op runs", "pip install torchax-ops-aten"))
+    return lines
+
+
+def _ties() -> list[dict[str, str]]:
+    """Operators that two plugins want alike, whatever the arguments: a call of one raises."""
+    from torchax.ops import REGISTRY
+
+    lines = []
+    for op in REGISTRY.ops():
+        for a, b in itertools.pairwise(REGISTRY.lowerings(op)):
+            if a.priority != b.priority or a.provider == b.provider or a.when is not None or b.when is not None:
+                continue
+            alike = not (a.platforms and b.platforms) or set(a.platforms) & set(b.platforms)
+            if alike and (not (a.dtypes and b.dtypes) or set(a.dtypes) & set(b.dtypes)):
+                both = f"plugins {a.provider} and {b.provider} lower it with the same priority {a.priority}"
+                remedy = f"TORCHAX_PLUGINS=-{a.provider} or -{b.provider}"
+                lines.append(line(op, "wrong", f"{both}: a call raises an error", remedy))
     return lines
 
 

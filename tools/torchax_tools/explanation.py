@@ -14,7 +14,7 @@ from torchax._foreach import foreach_element
 from torchax._lower import decomposition, is_composite_implicit
 from torchax._registry import REGISTRY
 from torchax._twins import functional_twin
-from torchax.errors import PluginError
+from torchax.errors import PluginError, UnsupportedDtype
 
 from .coverage import KINDS, alternative, classify
 
@@ -78,7 +78,10 @@ def call_of(func: Any, question: Question) -> tuple[tuple[Any, ...], dict[str, A
     if not question.shapes:
         return "no shapes are given (--shape)"
     shapes = list(question.shapes)
-    dtype = dtypes.to_jax(question.dtype or torch.float32)
+    try:
+        dtype = dtypes.to_jax(question.dtype or torch.float32)
+    except UnsupportedDtype as error:
+        raise BadCall(str(error)) from None
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     lacking = []
@@ -146,7 +149,11 @@ def _walk(func: Any, question: Question, steps: list[dict[str, str]], candidates
     entries = REGISTRY.lowerings(func)
     if entries:
         step("is it lowered?", f"yes, {len(entries)} lowering(s), asked by priority")
-        taken = _ask(func, question, steps, candidates)
+        try:
+            taken = _ask(func, question, steps, candidates)
+        except PluginError as error:  # a predicate raised, or a tie: so does the call
+            step("resolution", f"an error: {error}")
+            return ""
         if taken:
             return taken
     else:
@@ -173,18 +180,14 @@ def _walk(func: Any, question: Question, steps: list[dict[str, str]], candidates
 
 
 def _ask(func: Any, question: Question, steps: list[dict[str, str]], candidates: list[dict[str, Any]]) -> str:
+    """The lowering that is taken, if one is; raises what a call would raise."""
     call = call_of(func, question)
     asked = any(entry.when is not None for entry in REGISTRY.lowerings(func))
     if isinstance(call, str) and asked:
         steps.append({"op": func.name(), "step": "predicates", "result": f"not asked, {call}; taken to hold"})
     known = None if isinstance(call, str) else call
     taken = ""
-    try:
-        verdicts = REGISTRY.explain(func, question.platform, question.dtype, known)
-    except PluginError as error:  # a predicate raised
-        steps.append({"op": func.name(), "step": "resolution", "result": f"an error: {error}"})
-        return ""
-    for verdict in verdicts:
+    for verdict in REGISTRY.explain(func, question.platform, question.dtype, known):
         entry = alternative(verdict.lowering)
         candidates.append({**entry, "taken": verdict.taken, "reason": verdict.reason})
         said = "taken" if verdict.taken else "passed over"
@@ -192,8 +195,5 @@ def _ask(func: Any, question: Question, steps: list[dict[str, str]], candidates:
         steps.append({"op": func.name(), "step": where, "result": f"{said}: {verdict.reason}"})
         if verdict.taken:
             taken = f"{entry['plugin']}: {entry['function']}"
-    try:
-        REGISTRY.resolve(func, question.platform, question.dtype, known)
-    except PluginError as error:
-        steps.append({"op": func.name(), "step": "resolution", "result": f"an error: {error}"})
+    REGISTRY.resolve(func, question.platform, question.dtype, known)
     return taken

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +37,8 @@ def parse_mesh(text: str | None) -> dict[str, int] | None:
     axes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.partition("=")
-        if not name.isidentifier() or not size.lstrip("-").isdigit():
-            raise BadProgram(f"--mesh {text!r}: write sizes of axes, data=4,model=2; one may be -1")
+        if name in axes or not name.isidentifier() or not size.lstrip("-").isdigit():
+            raise BadProgram(f"--mesh {text!r}: write the sizes of axes, each once, data=4,model=2; one may be -1")
         axes[name] = int(size)
     return axes
 
@@ -58,7 +60,7 @@ def load_step(
     """
     factory = load_factory(text)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), contextlib.redirect_stdout(sys.stderr):  # stdout is for results
             made = factory()
     except (Exception, SystemExit) as error:
         raise BadProgram(f"{text} failed: {type(error).__name__}: {error}") from None
@@ -94,7 +96,10 @@ def _inference(model: torch.nn.Module) -> Callable[..., Any]:
 
 
 def _training(model: torch.nn.Module, kind: Callable[[Any], torch.optim.Optimizer]) -> Callable[..., Any]:
-    optimizer = kind(model.parameters())
+    parameters = list(model.parameters())
+    if not parameters:
+        raise BadProgram(f"{type(model).__name__} has no parameters to train; --inference compiles a call of it")
+    optimizer = kind(parameters)
 
     def step(args: Any, kwargs: Any) -> torch.Tensor:
         optimizer.zero_grad()

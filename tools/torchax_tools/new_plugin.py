@@ -12,6 +12,8 @@ import shutil
 import string
 import tempfile
 
+from .output import umask
+
 PREFIX = "torchax-ops-"
 API = "1.0"  # of `torchax.plugins.API_VERSION`, without importing torch
 
@@ -76,7 +78,7 @@ def write(name: str, folder: pathlib.Path | None = None) -> tuple[pathlib.Path, 
     target.parent.mkdir(parents=True, exist_ok=True)
     build = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        build.chmod(0o777 & ~_umask())
+        build.chmod(0o777 & ~umask())
         for path, text in made.items():
             (build / path).parent.mkdir(parents=True, exist_ok=True)
             (build / path).write_text(text)
@@ -85,9 +87,3 @@ def write(name: str, folder: pathlib.Path | None = None) -> tuple[pathlib.Path, 
         shutil.rmtree(build, ignore_errors=True)
         raise
     return target, sorted(made)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -83,14 +83,21 @@ def read(path: pathlib.Path) -> Results:
         raise BrokenResults(
             f"{path} is not JSON ({error}); let pytest tests/parity/test_opinfo.py write it again"
         ) from None
-    if not isinstance(records, list) or not all(isinstance(r, dict) and r.keys() >= _KEYS for r in records):
+    if not isinstance(records, list) or not all(map(_is_record, records)):
         raise BrokenResults(
-            f"{path} is no results file: expected a list of objects with {', '.join(sorted(_KEYS))}, as "
+            f"{path} is no results file: expected a list of objects with the strings {', '.join(sorted(_KEYS))}, as "
             "pytest tests/parity/test_opinfo.py writes it"
         )
-    if wrong := {str(r["status"]) for r in records} - set(STATUSES):
+    if wrong := {r["status"] for r in records} - set(STATUSES):
         raise BrokenResults(f"{path} has unknown statuses {', '.join(sorted(wrong))}; known: {', '.join(STATUSES)}")
     return Results(records)
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in _KEYS):
+        return False
+    names = record.get("aten", [])
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
 def default_path() -> pathlib.Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import importlib
+import importlib.util
 import logging
 import os
 import pathlib
@@ -53,13 +54,7 @@ def load_factory(text: str) -> Callable[[], Any]:
         )
     sys.path.insert(0, os.getcwd())
     try:
-        if module_name.endswith(".py"):
-            path = pathlib.Path(module_name).resolve()
-            if not path.is_file():
-                raise BadProgram(f"{module_name}: no such file")
-            sys.path.insert(0, str(path.parent))
-            module_name = path.stem
-        found: Any = importlib.import_module(module_name)
+        found: Any = _file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
     except BadProgram:
         raise
     except ModuleNotFoundError as error:
@@ -67,12 +62,34 @@ def load_factory(text: str) -> Callable[[], Any]:
     except (Exception, SystemExit) as error:
         raise BadProgram(f"{text}: its import failed: {type(error).__name__}: {error}") from None
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise BadProgram(f"{text}: {found!r} has no attribute {part!r}")
-        found = getattr(found, part)
+        try:
+            found = getattr(found, part)
+        except Exception as error:
+            raise BadProgram(f"{text}: {found!r} has no attribute {part!r} ({type(error).__name__}: {error})") from None
     if not callable(found):
         raise BadProgram(f"{text} is a {type(found).__name__}, not callable: name a function that makes the model")
     return found
+
+
+def _file(name: str) -> Any:
+    """A file as a module of its own name, also where that is the name of another one that is imported, ``json.py``."""
+    path = pathlib.Path(name).resolve()
+    if not path.is_file():
+        raise BadProgram(f"{name}: no such file")
+    sys.path.insert(0, str(path.parent))
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
+        return loaded
+    own = path.stem if loaded is None else f"_scanned_{path.stem}"
+    spec = importlib.util.spec_from_file_location(own, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[own] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[own]
+        raise
+    return module
 
 
 def program_of(made: Any, text: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
@@ -113,11 +130,12 @@ def record_factory(text: str, backward: bool = False, real: bool = False) -> col
     factory = load_factory(text)
     mode = contextlib.nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True)
     recorder = _Recorder()
-    with mode:
+    hint = "" if real else ". What looks at values is scanned with --real"
+    with mode, contextlib.redirect_stdout(sys.stderr):  # stdout is for results
         try:
             made = factory()
         except (Exception, SystemExit) as error:
-            raise BadProgram(f"{text} failed: {type(error).__name__}: {_brief(error)}") from None
+            raise BadProgram(f"{text} failed: {type(error).__name__}: {_brief(error)}{hint}") from None
         function, args, kwargs = program_of(made, text)
         try:
             with recorder:
@@ -131,7 +149,6 @@ def record_factory(text: str, backward: bool = False, real: bool = False) -> col
         except BadProgram:
             raise
         except (Exception, SystemExit) as error:
-            hint = "" if real else ". A program that looks at values is scanned with --real"
             raise BadProgram(f"{text}: the program failed: {type(error).__name__}: {_brief(error)}{hint}") from None
     return recorder.calls
 
@@ -142,7 +159,7 @@ def _fields(out: Any) -> Any:
 
 def _brief(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else ""
+    return lines[0].rstrip(".") if lines else ""
 
 
 def record_export(path: pathlib.Path) -> collections.Counter[Any]:

@@ -9,8 +9,21 @@ from typing import Annotated, Any
 
 import typer
 
-from ..output import FAILED, as_csv, as_markdown, epilog, fail, write_table, write_text
-from .listing import plugins_that_begin
+from ..output import (
+    DTYPES,
+    FAILED,
+    PLATFORMS,
+    among,
+    as_csv,
+    as_markdown,
+    epilog,
+    fail,
+    torch_dtype,
+    unknown,
+    write_table,
+    write_text,
+)
+from .listing import families_that_begin, plugins_that_begin
 
 EXAMPLES = """\
 Examples:
@@ -22,7 +35,6 @@ Examples:
 
 Exit codes: 0; 1 if fewer than --fail-under percent run, or --diff finds an operator that got worse; 2 for wrong
 arguments or files."""
-PLATFORMS = ("cpu", "gpu", "tpu")
 
 
 class Format(enum.StrEnum):
@@ -39,9 +51,16 @@ def coverage(
     plugin: Annotated[
         str | None, typer.Option(help="only what this plugin lowers", autocompletion=plugins_that_begin)
     ] = None,
-    family: Annotated[str | None, typer.Option(help="only this family: pointwise, norm, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="as a call with this dtype is served; its parity")] = None,
-    platform: Annotated[str | None, typer.Option(help="as cpu, gpu or tpu is served; default: all lowerings")] = None,
+    family: Annotated[
+        str | None, typer.Option(help="only this family: pointwise, norm, ...", autocompletion=families_that_begin)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="as a call with this dtype is served; its parity", autocompletion=among(DTYPES))
+    ] = None,
+    platform: Annotated[
+        str | None,
+        typer.Option(help="as cpu, gpu or tpu is served; default: all lowerings", autocompletion=among(PLATFORMS)),
+    ] = None,
     kind: Annotated[str | None, typer.Option(help="only this kind: lowered, derived, missing, ...")] = None,
     missing: Annotated[bool, typer.Option("--missing", help="only what does not run; as --kind missing")] = False,
     core: Annotated[bool, typer.Option("--core", help="only the core ATen set")] = False,
@@ -56,8 +75,6 @@ def coverage(
     diff: Annotated[pathlib.Path | None, typer.Option(help="an earlier report (json) to compare with")] = None,
 ) -> None:
     """Which operators run, and in which way: by plugin, family, platform and dtype, with the results of tests."""
-    import torch
-
     from .. import coverage as data
     from .. import diff as differences
     from .. import parity
@@ -66,12 +83,12 @@ def coverage(
         raise fail(f"--missing and --kind {kind} exclude each other")
     kind = "missing" if missing else kind
     if kind is not None and kind not in data.KINDS:
-        raise fail(f"no kind {kind!r}; there are {', '.join(data.KINDS)}")
+        raise unknown("kind", kind, data.KINDS)
     if platform is not None and platform not in PLATFORMS:
-        raise fail(f"no platform {platform!r}; there are {', '.join(PLATFORMS)}")
-    wanted = getattr(torch, dtype, None) if dtype else None
-    if dtype and not isinstance(wanted, torch.dtype):
-        raise fail(f"torch has no dtype {dtype!r}")
+        raise unknown("platform", platform, PLATFORMS)
+    if output is not None and format is Format.table:
+        raise fail("a table is for reading here: give --output with --format json, csv, markdown or html")
+    wanted = torch_dtype(dtype)
     try:
         path = results if results is not None else parity.default_path()
         known = parity.read(path) if path is not None else None
@@ -89,7 +106,7 @@ def coverage(
         ]
     families = sorted({row.family for row in everything})
     if family is not None and family not in families:
-        raise fail(f"no family {family!r}; there are {', '.join(families)}")
+        raise unknown("family", family, families)
     chosen = [
         row
         for row in everything
@@ -132,7 +149,7 @@ def _no_such_plugin(name: str) -> None:
 
     states = {s.name: s.state for s in plugins.status()}
     if name not in states:
-        raise fail(f"no plugin {name!r}; there are {', '.join(states) or 'none'}")
+        raise unknown("plugin", name, states)
     if states[name] != "loaded":
         raise fail(f"plugin {name!r} is {states[name]}; torchax-ops plugins says why")
 
@@ -142,11 +159,16 @@ def sections() -> list[dict[str, Any]]:
     from torchax import plugins
     from torchax._registry import REGISTRY
 
-    try:
-        found = plugins.hook.torchax_report_section(registry=REGISTRY)
-        return [{"title": str(s["title"]), "rows": [dict(row) for row in s["rows"]]} for s in found if s]
-    except Exception as error:
-        return [{"title": "a plugin's section failed", "rows": [{"error": f"{type(error).__name__}: {error}"}]}]
+    found = []
+    for made in plugins.hook.torchax_report_section.get_hookimpls():
+        takes = {"registry": REGISTRY} if "registry" in made.argnames else {}
+        try:
+            if section := made.function(**takes):
+                found.append({"title": str(section["title"]), "rows": [dict(row) for row in section["rows"]]})
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            found.append({"title": f"the section of plugin {made.plugin_name!r} failed", "rows": [{"error": said}]})
+    return found
 
 
 def _report(
@@ -220,8 +242,6 @@ def _write(report: dict[str, Any], format: Format, output: pathlib.Path | None, 
         rows = [flat(row) for row in report["ops"]]
         totals = as_markdown(_totals(report), list(_totals(report)[0]))
         write_text(totals + "\n" + as_markdown(rows, list(COLUMNS)), output)
-    elif output is not None:
-        raise fail("a table is for reading here: give --output with --format json, csv, markdown or html")
     else:
         _write_tables(report, filtered)
 

@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from ..output import AsFormat, Format, console, epilog, fail, write_json, write_table
+from ..output import (
+    DTYPES,
+    PLATFORMS,
+    AsFormat,
+    Format,
+    among,
+    console,
+    epilog,
+    fail,
+    torch_dtype,
+    unknown,
+    write_json,
+    write_table,
+)
 from .listing import ops_that_begin
 
 EXAMPLES = """\
@@ -26,8 +39,12 @@ def explain(
             help="add, add.Tensor, aten::add.Tensor or torch.ops.aten.add.Tensor", autocompletion=ops_that_begin
         ),
     ],
-    platform: Annotated[str | None, typer.Option(help="cpu, gpu or tpu; default: JAX's own")] = None,
-    dtype: Annotated[str | None, typer.Option(help="dtype of the first tensor, e.g. bfloat16")] = None,
+    platform: Annotated[
+        str | None, typer.Option(help="cpu, gpu or tpu; default: JAX's own", autocompletion=among(PLATFORMS))
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="dtype of the first tensor, e.g. bfloat16", autocompletion=among(DTYPES))
+    ] = None,
     shape: Annotated[
         list[str] | None, typer.Option(help="shape of a tensor, 2x3 or scalar; once for each, in order")
     ] = None,
@@ -36,23 +53,19 @@ def explain(
 ) -> None:
     """Who carries an op out, and why: each candidate with the reason it is taken or passed over."""
     import jax
-    import torch
     import torchax  # noqa: F401  loads the plugins
     from torchax import _lookup
 
     from ..explanation import BadCall, Question, parse_argument, parse_shape
     from ..explanation import explain as answer
-    from .coverage import PLATFORMS
 
     found = _lookup.find(op)
     if not found:
         near = _lookup.closest(op)
         raise fail(f"torch has no op {op!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
-    wanted = getattr(torch, dtype, None) if dtype else None
-    if dtype and not isinstance(wanted, torch.dtype):
-        raise fail(f"torch has no dtype {dtype!r}")
+    wanted = torch_dtype(dtype)
     if platform is not None and platform not in PLATFORMS:
-        raise fail(f"no platform {platform!r}; there are {', '.join(PLATFORMS)}")
+        raise unknown("platform", platform, PLATFORMS)
     answers, refused = [], None
     try:
         question = Question(

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..output import FAILED, AsFormat, Format, console, epilog, fail, write_json, write_table
+from ..output import FAILED, AsFormat, Format, console, epilog, fail, torch_dtype, write_json, write_table
 
 EXAMPLES = """\
 Examples:
@@ -37,7 +37,6 @@ def fit(
     format: AsFormat = Format.table,
 ) -> None:
     """Compile a step for TPUs that are not here: whether it fits in memory, and what it does."""
-    import torch
     import torchax  # noqa: F401  loads the plugins
     from torchax import interop
 
@@ -47,8 +46,7 @@ def fit(
     for name, value, known in (("--shard", shard, steps.SHARDINGS), ("--optimizer", optimizer, steps.OPTIMIZERS)):
         if value not in known:
             raise fail(f"{name} {value!r}: one of {', '.join(known)}")
-    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise fail(f"torch has no dtype {dtype!r}")
+    torch_dtype(dtype)
     try:
         chosen = optimizer if train else None
         step, args = steps.load_step(program, batch=batch, length=seq, dtype=dtype, optimizer=chosen)
@@ -56,7 +54,7 @@ def fit(
         found = interop.aot_compile(step, args, topology, mesh=steps.parse_mesh(mesh), shardings=rules)
     except (BadProgram, ValueError, ImportError) as error:
         raise fail(str(error)) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise fail(f"{program}: the step cannot be compiled: {type(error).__name__}: {error}") from None
     if format is Format.json:
         write_json({"program": program, **found.as_dict()})

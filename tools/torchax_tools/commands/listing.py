@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import sys
 from typing import Annotated, Any
 
 import typer
 
-from ..output import AsFormat, Format, epilog, fail, write_json, write_table
+from ..output import AsFormat, Format, among, epilog, unknown, write_json, write_table
 
 LIST_EXAMPLES = """\
 Examples:
@@ -20,8 +22,15 @@ def ops_that_begin(incomplete: str) -> list[str]:
     """Names of operators for shell completion."""
     from ..index import rows
 
-    names = sorted({row["op"].removeprefix("aten::") for row in rows()})
-    return [name for name in names if name.startswith(incomplete.removeprefix("aten::"))]
+    short = "" if "::" in incomplete else "aten::"
+    return among(sorted({row["op"].removeprefix(short) for row in rows()}))(incomplete)
+
+
+def families_that_begin(incomplete: str) -> list[str]:
+    """Families of lowerings for shell completion."""
+    from ..index import rows
+
+    return among(sorted({row["family"] for row in rows()}))(incomplete)
 
 
 def plugins_that_begin(incomplete: str) -> list[str]:
@@ -29,7 +38,7 @@ def plugins_that_begin(incomplete: str) -> list[str]:
     import importlib.metadata
 
     names = {e.name for e in importlib.metadata.entry_points(group="torchax.plugins")}
-    return sorted(name for name in names if name.startswith(incomplete))
+    return among(sorted(names))(incomplete)
 
 
 def list_ops(
@@ -37,7 +46,9 @@ def list_ops(
     plugin: Annotated[
         str | None, typer.Option(help="only lowerings of this plugin", autocompletion=plugins_that_begin)
     ] = None,
-    family: Annotated[str | None, typer.Option(help="only this family: pointwise, norm, ...")] = None,
+    family: Annotated[
+        str | None, typer.Option(help="only this family: pointwise, norm, ...", autocompletion=families_that_begin)
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="load the plugins, do not read the kept list")] = False,
     format: AsFormat = Format.table,
 ) -> None:
@@ -52,9 +63,15 @@ def list_ops(
     ]
     families = sorted({row["family"] for row in everything})
     if family is not None and family not in families:
-        raise fail(f"no family {family!r}; there are {', '.join(families)}")
-    if plugin is not None and plugin not in {row["plugin"] for row in everything} | set(plugins_that_begin("")):
-        raise fail(f"no plugin {plugin!r}; there are {', '.join(sorted({row['plugin'] for row in everything}))}")
+        raise unknown("family", family, families)
+    providers = {row["plugin"] for row in everything} | set(plugins_that_begin(""))
+    if plugin is not None and plugin not in providers:
+        raise unknown("plugin", plugin, sorted(providers))
+    if pattern and not found:
+        near = difflib.get_close_matches(pattern, dict.fromkeys(row["op"] for row in everything), 3, 0.6)
+        near = near or difflib.get_close_matches(pattern, ops_that_begin(""), 3, 0.6)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        print(f"no lowering of an operator with {pattern!r} in its name{hint}", file=sys.stderr)
     if format is Format.json:
         write_json(found)
     else:
@@ -65,6 +82,9 @@ def plugins(format: AsFormat = Format.table) -> None:
     """Every plugin that was found, and what became of it: loaded, disabled or quarantined, and why."""
     from torchax import plugins as manager
 
+    from ..index import rows as keep
+
+    keep(fresh=True)  # the plugins are loaded now, so that list and completion need not load them
     rows = plugin_rows(manager)
     if format is Format.json:
         write_json(rows)

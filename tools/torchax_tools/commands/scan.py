@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..output import FAILED, AsFormat, Format, epilog, fail, write_json, write_table
+from ..output import FAILED, PLATFORMS, AsFormat, Format, among, epilog, fail, unknown, write_json, write_table
 
 EXAMPLES = """\
 Examples:
@@ -23,7 +23,9 @@ Exit codes: 0; 1 if an operator is missing; 2 if there is nothing to scan."""
 
 def scan(
     program: Annotated[str, typer.Argument(help="MODULE:FACTORY, FILE.py:FACTORY or a saved torch.export program")],
-    platform: Annotated[str | None, typer.Option(help="cpu, gpu or tpu; default: JAX's own")] = None,
+    platform: Annotated[
+        str | None, typer.Option(help="cpu, gpu or tpu; default: JAX's own", autocompletion=among(PLATFORMS))
+    ] = None,
     backward: Annotated[bool, typer.Option("--backward", help="also the operators of the gradients")] = False,
     real: Annotated[bool, typer.Option("--real", help="compute on CPU; for programs that look at values")] = False,
     format: AsFormat = Format.table,
@@ -33,10 +35,9 @@ def scan(
     import torchax  # noqa: F401  loads the plugins
 
     from .. import scan as scanner
-    from .coverage import PLATFORMS
 
     if platform is not None and platform not in PLATFORMS:
-        raise fail(f"no platform {platform!r}; there are {', '.join(PLATFORMS)}")
+        raise unknown("platform", platform, PLATFORMS)
     path = pathlib.Path(program)
     try:
         if ":" not in program or path.is_file():

@@ -1,4 +1,4 @@
-"""Whether the functions of a lowering take what they will be called with: their parameters against the operator's schema.
+"""Whether a lowering can be what it says, and its functions take what they will be called with, by the operator's schema.
 
 Plain functions are looked at when their plugin is loaded; that costs about 10 us for each. Others (`functools.partial`, callable
 objects) are looked at by `torchax-ops doctor` alone, since `inspect` takes many times as long for them; functions of C, of which
@@ -10,14 +10,17 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import torch
 
-from ._registry import Lowering
+from ._registry import Kind, Lowering
 from ._signature import DROPPED
 
+_KINDS = get_args(Kind)
+_FUNCTIONS = ("fn", "when", "inverse", "prepare", "backward", "grad")
+_TUPLES = ("platforms", "dtypes", "static", "operands", "exact", "promote_only", "writes", "memory_format_of")
 _JITTED: Any = type(jax.jit(lambda: None))
 
 
@@ -62,11 +65,35 @@ def fault(entry: Lowering, schema: Any, thorough: bool = False) -> str | None:
         schema: of its operator.
         thorough: look also at what is no plain function.
     """
+    if wrong := _misstated(entry):
+        return f"{entry.op}: {wrong}"
     for what, fn, call in _calls(entry, schema):
         parameters = _parameters(fn, thorough)
         wrong = parameters and _misfit(parameters, call)
         if wrong:
             return f"{entry.op}: {what} {_place(fn)} {wrong}; the schema is {schema}"
+    return None
+
+
+def _misstated(entry: Lowering) -> str | None:
+    """What a lowering says of itself that cannot be: it would never be taken, or fail when it is called."""
+    values = vars(entry)  # of thousands, at every start: getattr takes several times as long
+    for what in _FUNCTIONS:
+        if (value := values[what]) is not None and not callable(value):
+            return f"{what}={value!r} cannot be called"
+    for what in _TUPLES:
+        if type(value := values[what]) is str:
+            return f"{what}={value!r} is a string: write a tuple, ({value!r},)"
+    if entry.fn is None:
+        return "fn=None: there is no function"
+    if entry.kind not in _KINDS:
+        return f"kind={entry.kind!r}: one of {', '.join(_KINDS)}"
+    for name in entry.platforms:
+        if name in ("cuda", "rocm"):
+            return f"platforms has {name!r}: JAX calls it 'gpu'"
+    for dtype in entry.dtypes:
+        if not isinstance(dtype, torch.dtype):
+            return f"dtypes has {dtype!r}: expected dtypes of torch, torch.float32 say"
     return None
 
 

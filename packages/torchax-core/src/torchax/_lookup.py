@@ -44,15 +44,22 @@ def of_tensors(func: Any) -> bool:
 
 
 def closest(text: str, n: int = 3) -> list[str]:
-    """Names of operators that look most like `text`, without overloads."""
+    """Names of operators that look most like `text`; with an overload where only that is wrong."""
     wanted = text.strip().removeprefix("torch.ops.").replace("::", ".")
     known: dict[str, str] = {}
-    for name in names():
+    every = names()
+    for name in every:
         namespace, _, rest = name.partition("::")
         packet = rest.split(".")[0]
         known.setdefault(f"{namespace}.{packet}", f"{namespace}::{packet}")
         if namespace == "aten":
             known.setdefault(packet, f"aten::{packet}")
     tries = [wanted, wanted.removeprefix("aten.").split(".")[0]]
-    found = [known[m] for t in tries for m in difflib.get_close_matches(t, known, n, 0.6)]
+    found = []
+    for part in reversed(wanted.split(".")[-2:]):  # torch.add, F.relu, add.Tensr
+        if part in known:
+            overloads = {o.removeprefix("aten::"): o for o in every if o.split(".")[0] == known[part]}
+            found += [overloads[m] for m in difflib.get_close_matches(wanted.removeprefix("aten."), overloads, n, 0.8)]
+            found.append(known[part])
+    found += [known[m] for t in tries for m in difflib.get_close_matches(t, known, n, 0.6)]
     return list(dict.fromkeys(found))[:n]

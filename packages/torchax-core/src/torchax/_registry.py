@@ -248,8 +248,14 @@ class Registry:
         """Register one lowering for the plugin whose hook is running.
 
         Raises:
-            PluginError: the same plugin registers it twice with the same priority and conditions.
+            PluginError: the same plugin registers it twice with the same priority and conditions, or it is no lowering.
         """
+        if not isinstance(entry, Lowering):
+            raise PluginError(
+                f"registry.add takes a torchax.ops.Lowering, got {entry!r}; of a decorated function, registry.collect"
+            )
+        if not isinstance(entry.priority, int | float):
+            raise PluginError(f"{entry.op}: priority {entry.priority!r} is no number")
         if not entry.provider:
             given, entry = entry, object.__new__(Lowering)  # dataclasses.replace is slow where plugins have thousands
             vars(entry).update(vars(given), provider=self._provider)

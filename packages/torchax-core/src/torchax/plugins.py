@@ -6,12 +6,13 @@ import dataclasses
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pluggy
 
 from . import _contract, hookspecs
+from ._lookup import closest
 from ._registry import REGISTRY
 from .config import config
 from .errors import PluginError
@@ -85,11 +86,9 @@ def load_entry_points() -> None:
             record.reason = "TORCHAX_PLUGINS"
             continue
         try:
-            plugin = entry_point.load()
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # also SystemExit: a plugin must not end the host program
-            _quarantine(record, f"its import failed: {type(error).__name__}: {error}")
+            plugin = _import(entry_point)
+        except PluginError as error:
+            _quarantine(record, str(error))
             continue
         _load(record, plugin, announce=False)
     _announce()
@@ -136,7 +135,11 @@ def enable(name: str) -> None:
         matches = [e for e in importlib.metadata.entry_points(group=GROUP) if e.name == name]
         if not matches:
             raise PluginError(f"plugin {name!r} is not installed any more")
-        plugin = matches[0].load()
+        try:
+            plugin = _import(matches[0])
+        except PluginError as error:
+            _quarantine(record, str(error), warn=False)
+            raise PluginError(f"plugin {name!r} cannot be loaded: {error}") from error.__cause__
     _load(record, plugin, strict=True)
 
 
@@ -147,18 +150,32 @@ def faults(name: str, thorough: bool = False) -> list[str]:
 
     Args:
         name: of the plugin.
-        thorough: look also at functions for which that takes long, as `torchax-ops doctor` does.
+        thorough: look also at functions for which that takes long, for operators that torch does not have, and for a plugin
+            without hooks, as `torchax-ops doctor` does.
     """
     found = []
+    if thorough and name in _objects and not _manager.get_hookcallers(_objects[name]):
+        found.append("it has no hook, so it does nothing: mark its functions with @torchax.hookspecs.hookimpl")
     for entry in REGISTRY.all():
         if entry.provider != name:
             continue
         schema = _contract.schema_of(entry.op)
         if schema is None:
             REGISTRY.undefined.add(entry.op)
+            if thorough and entry.op.startswith(("aten::", "prims::")):  # nobody will define it
+                found.append(f"{entry.op}: torch has no such operator; did you mean {', '.join(closest(entry.op))}?")
         elif wrong := _contract.fault(entry, schema, thorough):
             found.append(wrong)
     return found
+
+
+def _import(entry_point: importlib.metadata.EntryPoint) -> Any:
+    try:
+        return entry_point.load()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also SystemExit: a plugin must not end the host program
+        raise PluginError(f"its import failed: {type(error).__name__}: {error}") from error
 
 
 def _get(name: str) -> PluginStatus:
@@ -180,7 +197,12 @@ def _load(record: PluginStatus, plugin: Any, strict: bool = False, announce: boo
         others = [p for p in _manager.get_plugins() if p is not plugin]
         calling = lambda hook_name, **kw: _manager.subset_hook_caller(hook_name, others)(**kw)
         infos = calling("torchax_plugin_info")
-        record.info = infos[0] if infos else {}
+        info = infos[0] if infos else {}
+        if not isinstance(info, Mapping):
+            raise PluginError(
+                f"its torchax_plugin_info gives {info!r}; expected a dict with name, version, api, summary and url"
+            )
+        record.info = dict(info)
         major = str(record.info.get("api", API_VERSION)).split(".")[0]
         if major != API_VERSION.split(".")[0]:
             raise PluginError(
