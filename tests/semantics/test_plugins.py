@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import textwrap
+import types
 import warnings
 
 import jax
@@ -192,6 +194,25 @@ def test_plugins_cost_nothing_per_call(ops, load, monkeypatch):
     assert ops.shifted(x).tolist() == [11] * 9
     monkeypatch.setattr(torchax._registry.Registry, "resolve", lambda *_: pytest.fail("resolved again"))
     assert ops.shifted(x).tolist() == [11] * 9
+
+
+def test_plugins_cost_little_at_the_start(load):
+    module = types.ModuleType("crowded")
+    registry = torchax._registry.REGISTRY
+    module.TABLE = [Lowering(op=op, fn=lambda *args, **kwargs: args[0], priority=-9) for op in registry.ops()[:500]]
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        load("crowded", hooks={"torchax_register_ops": lambda self, registry: registry.collect(module)})
+    finally:
+        sys.setprofile(None)
+    assert [p.ops for p in plugins.status() if p.name == "crowded"] == [500]
+    assert calls < 60 * 500, f"{calls / 500} Python and C calls for each lowering"
 
 
 def test_a_predicate_that_raises_names_its_plugin(ops, load):

@@ -101,6 +101,7 @@ def test_parity_with_a_reference_and_tolerances() -> None:
         ((3, [1]), {}, TypeError, "expected an operator, its name or a function"),
         ((F.gelu, []), {}, testing.Mismatch, "no samples"),
         ((F.gelu, [torch.ones(2)]), {"forms": "veiw"}, ValueError, "no form veiw; there are forward"),
+        ((F.gelu, [torch.ones(2, device="meta")]), {}, ValueError, "samples are tensors on CPU.* one is on meta"),
         ((F.gelu, [torch.ones(2)]), {"forms": "view"}, testing.Mismatch, "applies to no sample: no result is a view"),
         (
             (torch.mm, [(torch.ones(2), torch.ones(2))]),

@@ -163,7 +163,8 @@ def sections() -> list[dict[str, Any]]:
     for made in plugins.hook.torchax_report_section.get_hookimpls():
         takes = {"registry": REGISTRY} if "registry" in made.argnames else {}
         try:
-            if section := made.function(**takes):
+            section: Any = made.function(**takes)
+            if section:
                 found.append({"title": str(section["title"]), "rows": [dict(row) for row in section["rows"]]})
         except Exception as error:
             said = f"{type(error).__name__}: {error}"

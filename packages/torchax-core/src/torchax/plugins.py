@@ -156,9 +156,7 @@ def faults(name: str, thorough: bool = False) -> list[str]:
     found = []
     if thorough and name in _objects and not _manager.get_hookcallers(_objects[name]):
         found.append("it has no hook, so it does nothing: mark its functions with @torchax.hookspecs.hookimpl")
-    for entry in REGISTRY.all():
-        if entry.provider != name:
-            continue
+    for entry in REGISTRY.of(name):
         schema = _contract.schema_of(entry.op)
         if schema is None:
             REGISTRY.undefined.add(entry.op)
@@ -229,7 +227,7 @@ def _load(record: PluginStatus, plugin: Any, strict: bool = False, announce: boo
     if announce:
         _announce()
     record.state, record.reason = "loaded", ""
-    record.ops = len({e.op for e in REGISTRY.all() if e.provider == name})
+    record.ops = len({e.op for e in REGISTRY.of(name)})
 
 
 def _quarantine(record: PluginStatus, reason: str, warn: bool = True) -> None:

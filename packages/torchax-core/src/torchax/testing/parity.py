@@ -55,7 +55,7 @@ def assert_parity(
 
     Raises:
         Mismatch: an AssertionError that lists what differs, or says that nothing was compared.
-        ValueError: no operator of that name, no such form.
+        ValueError: no operator of that name, no such form, a sample that is not on CPU.
     """
     given = [forms] if isinstance(forms, str) else forms
     chosen = list(DEFAULT_FORMS if given is None else given)

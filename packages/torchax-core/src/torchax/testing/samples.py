@@ -87,12 +87,22 @@ def of(info: Any, host: tuple[int, ...] = ()) -> Sample:
 
 
 def as_sample(x: Any) -> Sample:
-    """A `Sample` out of what users write: a `Sample`, OpInfo's ``SampleInput``, a tuple of arguments, or one argument."""
+    """A `Sample` out of what users write: a `Sample`, OpInfo's ``SampleInput``, a tuple of arguments, or one argument.
+
+    Raises:
+        ValueError: a tensor in it is not on CPU.
+    """
     if isinstance(x, Sample):
-        return sample(x.input, *x.args, **x.kwargs) if not x.host else x
-    if hasattr(x, "output_process_fn_grad"):
-        return of(x)
-    return sample(*x) if type(x) is tuple else sample(x)
+        made = sample(x.input, *x.args, **x.kwargs) if not x.host else x
+    elif hasattr(x, "output_process_fn_grad"):
+        made = of(x)
+    else:
+        made = sample(*x) if type(x) is tuple else sample(x)
+    if elsewhere := [t.device for t in made.tensors() if t.device.type != "cpu"]:
+        raise ValueError(
+            f"samples are tensors on CPU, from where they are moved to device jax; one is on {elsewhere[0]}"
+        )
+    return made
 
 
 _generated: collections.OrderedDict[Any, tuple[Sample, ...]] = collections.OrderedDict()
