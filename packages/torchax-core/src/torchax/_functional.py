@@ -15,7 +15,7 @@ from . import convert, dtypes, errors, random
 from ._checks import Check, checked, settle, wait_for
 from ._dispatch import RULES
 from ._execute import Program, state
-from ._execute.traced import ImpureTrace
+from ._execute.traced import SYMBOL, ImpureTrace
 from ._foreach import foreach_apply, foreach_element
 from ._infer import NoMeta, column_major, cpu_error, in_memory_format_of, infer, infer_by_shape
 from ._lower import Apply, decomposed, decomposition, is_composite_implicit, lowered, op_by_op
@@ -352,7 +352,7 @@ def _as_shape(x: Any) -> Any:
         return jax.ShapeDtypeStruct(x._m.shape, x._m.jax_dtype)
     if isinstance(x, torch.Tensor):
         return jax.ShapeDtypeStruct(tuple(x.shape), dtypes.to_jax(x.dtype))
-    return x
+    return x.node.hint if type(x) is SYMBOL else x
 
 
 def fresh_returns(func: Any) -> int:

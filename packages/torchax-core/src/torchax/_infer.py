@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from . import dtypes
+from ._execute.traced import SYMBOL
 from ._storage import TensorMeta, dense_meta, extent, meta_of
 from .tensor import Tensor
 
@@ -115,6 +116,8 @@ def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fresh:
             return x if x.dim() == 0 or sizes_on_host else x.to("meta")
         if isinstance(x, torch.device):
             return torch.device("meta")
+        if type(x) is SYMBOL:  # of metadata, values decide nothing
+            return x.node.hint
         return None if isinstance(x, torch.Generator) else x
 
     margs, mkwargs = tree_map(on_meta, args), tree_map(on_meta, kwargs)
@@ -137,6 +140,8 @@ def on_cpu(nest: Any, stand_in: Callable[[Tensor], torch.Tensor]) -> Any:
             return stand_in(x)
         if isinstance(x, torch.device):
             return torch.device("cpu")
+        if type(x) is SYMBOL:
+            return x.node.hint
         return None if isinstance(x, torch.Generator) else x
 
     return tree_map(one, nest)
@@ -181,7 +186,10 @@ def pivots_of(func: Any, args: tuple[Any, ...]) -> set[int]:
 
 def infer_by_shape(run: Callable[..., Any], operands: list[Any], index: int) -> Any:
     """For ops without a meta kernel: shapes and dtypes of what `run` gives for the operands, row-major strides."""
-    shapes = [jax.ShapeDtypeStruct(o._m.shape, o._m.jax_dtype) if type(o) is Tensor else o for o in operands]
+    shapes = [
+        jax.ShapeDtypeStruct(o._m.shape, o._m.jax_dtype) if type(o) is Tensor else o.node.hint if type(o) is SYMBOL else o
+        for o in operands
+    ]
     with jax.enable_x64(True):
         out = jax.eval_shape(run, *shapes)
     return jax.tree.map(lambda s: dense_meta(tuple(s.shape), dtypes.to_torch(s.dtype), index), out)

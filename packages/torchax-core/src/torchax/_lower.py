@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from . import convert, dtypes, errors
 from ._execute import executing, state
-from ._execute.traced import ImpureTrace, Traced
+from ._execute.traced import SYMBOL, ImpureTrace, Traced
 from ._gradient import with_gradient
 from ._missing import missing, not_found
 from ._precision import products
@@ -118,7 +118,7 @@ def _promotion(func: Any, entry: Lowering, args: tuple[Any, ...], kwargs: dict[s
     flat = [
         _on_meta(x)
         for x in tree_flatten(participants)[0]
-        if x is not None and isinstance(x, torch.Tensor | bool | int | float | complex)
+        if x is not None and isinstance(x, torch.Tensor | bool | int | float | complex | SYMBOL)
     ]
     if not any(isinstance(x, torch.Tensor) for x in flat):
         return None
@@ -154,7 +154,7 @@ def _promoter(
 
 
 def _on_meta(x: Any) -> Any:
-    return x._m.on_meta() if type(x) is Tensor else x
+    return x._m.on_meta() if type(x) is Tensor else x.node.hint if type(x) is SYMBOL else x
 
 
 def _promoted(x: Any, dtype: np.dtype) -> Any:

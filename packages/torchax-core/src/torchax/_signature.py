@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ._execute import state
+from ._execute.traced import SYMBOL
 from ._registry import Lowering
 from .tensor import Tensor
 
@@ -51,7 +53,7 @@ class Signature:
         self.modes = tuple(self.running.get(name) for name in self.names)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], list[Any]]:
-        """Key and operands of a call. Operands are Tensors, numbers and numpy arrays (0-d CPU tensors)."""
+        """Key and operands of a call. Operands are Tensors, numbers, symbols of numbers and numpy arrays (0-d CPU tensors)."""
         key: list[Any] = []
         operands: list[Any] = []
         for a, mode in zip(args, self.modes, strict=False):
@@ -111,6 +113,12 @@ def _bind(a: Any, mode: tuple[Any, ...] | None, key: list[Any], operands: list[A
     elif isinstance(a, torch.Tensor):
         key.append(("cpu", tuple(a.shape), a.dtype))
         operands.append(_host_operand(a))
+    elif kind is SYMBOL:
+        if mode is None or state.executor.owner is None:
+            _bind(float(a), mode, key, operands)
+        else:  # as a float that is not compiled in, whatever its value
+            key.append(float)
+            operands.append(a)
     else:
         key.append(a if kind is not torch.device else _indexed(a))
 
@@ -130,6 +138,9 @@ def _template(a: Any, mode: tuple[Any, ...] | None, count: _Count) -> Any:
         return [_template(x, mode, count) for x in a]
     if kind in _NUMBERS:
         return a if mode is None or a in mode else count.next()
+    if kind is SYMBOL:
+        known = mode is None or state.executor.owner is None
+        return _template(float(a), mode, count) if known else count.next()
     return count.next() if isinstance(a, torch.Tensor) else a
 
 

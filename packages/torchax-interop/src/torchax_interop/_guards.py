@@ -16,13 +16,14 @@ from torchax.tensor import Tensor
 from ._plain import ModuleFacts
 from ._reach import Places
 from ._recording import Recording
+from ._symbolic import Setting
 
 _storage_of = operator.attrgetter("_s")
 _training_of = operator.itemgetter("training")
 _requires_grad_of = operator.attrgetter("requires_grad")
 _grad_of = operator.attrgetter("grad")
 GRADIENT = "a parameter has a gradient now"
-OF_OPTIMIZER = "of an optimizer was changed"
+OF_OPTIMIZER = "of an optimizer went from"
 try:  # not public, and not needed
     from torch._C._dynamo import guards as _guards
 except ImportError:
@@ -56,6 +57,7 @@ class Guards:
         self.requires_grad = [t.requires_grad for t in self.differentiated]
         self.unchanged = _unchanged(self.differentiated)
         self.settings = recording.settings
+        self.numbers, self.checks = recording.numbers, recording.checks
         self.optimizers = list(recording.optimizers.values())
         self.parameters = [x for _, _, groups in self.optimizers for x in (groups, *(g["params"] for g in groups))]
         self.lengths = list(map(len, self.parameters))
@@ -110,11 +112,29 @@ class Guards:
             return "an optimizer has more parameters, or fewer, than before"
         for group, name, value in self.settings:
             if group.get(name) != value:
-                return f"{name!r} {OF_OPTIMIZER}"
+                return f"{name!r} {OF_OPTIMIZER} {value!r} to {group.get(name)!r}"
+        for number in self.numbers:
+            if number.group.get(number.name) is not number.seen and (lost := self._asked_again()):
+                return lost
         for i in tensor_leaves:
             storage = leaves[i]._s
             if (storage in self.captured or i in self.replaced) and self.replaced.get(i) is not storage:
                 return f"argument {i} shares memory with a tensor that the function uses by itself"
+        return None
+
+
+    def _asked_again(self) -> str | None:
+        """Whether numbers of optimizers have changed so that Python would go another way with them; in words."""
+        changed: list[Setting] = [n for n in self.numbers if n.group.get(n.name) is not n.seen]
+        wrong = [n for n in changed if not n.fits()]
+        if not wrong:
+            failed = [c for c in self.checks if not c.settings.isdisjoint(changed) and not c.holds()]
+            wrong = [n for n in changed if any(n in c.settings for c in failed)]
+        if wrong:
+            number = wrong[0]
+            return f"{number.name!r} {OF_OPTIMIZER} {number.last()!r} to {number.group.get(number.name)!r}"
+        for number in changed:
+            number.refresh()
         return None
 
 

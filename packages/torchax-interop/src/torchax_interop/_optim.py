@@ -1,7 +1,8 @@
-"""Optimizers of `torch.optim` inside a recording: learning rates become inputs, step counters live on the device.
+"""Optimizers of `torch.optim` inside a recording: hyperparameters become inputs, step counters live on the device.
 
-`torch.optim` keeps step counters on CPU and the learning rate as a Python number; both would be frozen into the program.
-So around each recorded `step()` the groups are made capturable with a tensor as `lr`, and what the user sees is put back.
+`torch.optim` keeps step counters on CPU and hyperparameters as Python numbers; both would be frozen into the program.
+So around each recorded `step()` the groups are made capturable with a tensor as `lr` and symbols (see `_symbolic`) in place of
+other floats, and what the user sees is put back.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from torchax._storage import Storage, dense_meta
 from torchax.tensor import Tensor, make
 
 from ._recording import Recording, concrete, current, outside
-
-_HYPER = ("lr",)
+from ._symbolic import Setting, setting_of, symbolic
 
 
 class _Active:
@@ -49,15 +49,7 @@ def _before(optimizer: Any, args: Any, kwargs: Any) -> None:
     for group in optimizer.param_groups:
         if not any(type(p) is Tensor for p in group["params"]):
             continue
-        if first:
-            recording.settings += [
-                (group, k, v)
-                for k, v in group.items()
-                if k not in _HYPER and k != "params" and not isinstance(v, torch.Tensor)
-            ]
-        for name in _HYPER:
-            if name in group and type(group[name]) is not Tensor:
-                _swap(active, group, name, _number(recording, group, name))
+        _numbers_to_device(recording, active, optimizer, group, first)
         if "capturable" in group:
             _swap(active, group, "capturable", True)
         if group.get("foreach") is False and not group.get("differentiable"):
@@ -73,6 +65,10 @@ def _after(optimizer: Any, args: Any, kwargs: Any) -> None:
             with torch.no_grad():
                 counter.copy_(state["step"])
         _put_back(optimizer)
+        for values in optimizer.state.values():
+            for name, value in values.items():
+                if type(value) is torch.SymFloat:  # a symbol means nothing after the recording
+                    values[name] = float(value)
 
 
 def _put_back(optimizer: Any) -> None:
@@ -105,14 +101,37 @@ def _swap(active: _Active, group: dict[str, Any], name: str, value: Any) -> None
     group[name] = value
 
 
-def _number(recording: Recording, group: dict[str, Any], name: str) -> Tensor:
-    """The setting as a 0-d float64 tensor whose value is an input of the program."""
-    for known, known_name, storage in recording.numbers:
-        if known is group and known_name == name:
-            return make(storage, storage.geometry)
-    storage = Storage(concrete(float(group[name])), dense_meta((), torch.float64))
-    recording.numbers.append((group, name, storage))
-    return make(storage, storage.geometry)
+def _numbers_to_device(
+    recording: Recording, active: _Active, optimizer: Any, group: dict[str, Any], first: bool
+) -> None:
+    """Hyperparameters become inputs where they can, the others are constants of the program."""
+    before = recording.groups.get(id(group), {})
+    by_torch = type(optimizer).step.__module__.startswith("torch.optim.")  # which takes symbols for numbers
+    for name, value in list(group.items()):
+        if name == "params" or type(value) is Tensor:
+            continue
+        if name == "lr":
+            setting = _known(recording, group, name) or Setting(
+                group, name, {None: Storage(concrete(float(value)), dense_meta((), torch.float64))}
+            )
+            storage = setting.parts[None]
+            _swap(active, group, name, make(storage, storage.geometry))
+        else:
+            setting = _known(recording, group, name)
+            if setting is not None and setting.recorded is not value:  # set between two steps
+                continue
+            if setting is None and by_torch and before.get(name) is value:  # else the function has set it
+                setting = setting_of(group, name)
+            if setting is not None:
+                _swap(active, group, name, symbolic(setting, recording.checks))
+            elif first and not isinstance(value, torch.Tensor):
+                recording.settings.append((group, name, value))
+        if setting is not None and setting not in recording.numbers:
+            recording.numbers.append(setting)
+
+
+def _known(recording: Recording, group: dict[str, Any], name: str) -> Setting | None:
+    return next((s for s in recording.numbers if s.group is group and s.name == name), None)
 
 
 def _counters_to_device(recording: Recording, active: _Active, optimizer: Any, group: dict[str, Any]) -> None:

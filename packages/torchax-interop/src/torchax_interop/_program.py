@@ -63,7 +63,12 @@ class Program:
         self.differentiable_metas = recorder.differentiable_metas
         self.refused = recorder.refused
         self.argument_grads = recorder.argument_grads
-        self.numbers = [[group, name, storage, float(group[name])] for group, name, storage in recording.numbers]
+        self.numbers = recording.numbers
+        recording.settings += [  # what the function has set after a step holds for this call alone
+            (n.group, n.name, n.recorded)
+            for n in self.numbers
+            if n.name != "lr" and n.group.get(n.name) is not n.recorded
+        ]
         self.in_shardings = recorder.options.in_shardings
         self.settled = not recorder.strangers
         self.tensors = list(recording.tensors.values())
@@ -225,10 +230,8 @@ class Program:
     def _arrays(self, leaves: list[Any]) -> list[Any]:
         """The arguments of the XLA program, of which the first is a list of what it holds between calls."""
         for number in self.numbers:
-            value = number[0][number[1]]
-            if value is not number[3] and float(value) != number[3]:
-                number[3] = float(value)
-                number[2].value = np.float64(number[3])
+            if number.group[number.name] is not number.seen:
+                number.refresh()
         for source in self.sources:
             settle_source(source, self.mesh)
         held, chosen = self.held.arrays, self.held_inputs

@@ -115,6 +115,7 @@ class Places:
         self.entries: list[tuple[dict[Any, Any], Any, Any]] = []
         self.lists: list[tuple[list[Any], list[Any]]] = []
         self.modules: list[torch.nn.Module] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
         self.plain = PlainValues()
         names: set[Any] = set()
         tables: list[dict[Any, Any]] = []
@@ -125,6 +126,8 @@ class Places:
             x, depth = queue.pop()
             if isinstance(x, torch.nn.Module) and id(x) not in seen:
                 self.modules.append(x)
+            if isinstance(x, torch.optim.Optimizer) and id(x) not in seen:
+                self.optimizers.append(x)
             if id(x) in seen or depth > 6 or isinstance(x, (torch.Tensor, torch.nn.Module, torch.optim.Optimizer)):
                 continue
             seen.add(id(x))

@@ -80,6 +80,8 @@ class Recorder:
         self.recording = Recording()
         self.places = Places(fn)
         self.places.plain.remember()
+        optimizers = [*self.places.optimizers, *(x for x in leaves if isinstance(x, torch.optim.Optimizer))]
+        self.recording.groups = {id(group): dict(group) for o in optimizers for group in o.param_groups}
         self.on_cpu = [
             (name, t, t._version) for m in self.places.modules for name, t in m.named_buffers() if type(t) is not Tensor
         ]

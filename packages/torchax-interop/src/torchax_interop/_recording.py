@@ -23,6 +23,7 @@ from torchax._storage import Storage
 from torchax.tensor import Tensor
 
 from ._plain import attributes_of
+from ._symbolic import Check, Setting
 
 _STEP = np.array([0, 0, 1], np.uint32)
 
@@ -50,7 +51,9 @@ class Recording(Traced):
         computed: those of them that are results of something that autograd has noted (by id).
         modules: modules that were called, as they were at that time (by id).
         settings: settings of optimizers that the program depends on: (dict, name, value).
-        numbers: settings that are inputs: (dict, name, storage).
+        numbers: settings that are inputs.
+        checks: what Python has asked about these.
+        groups: entries of groups of optimizers that were known before the call (by id of the group).
         undo: called, last first, when the function raises.
         branches: random sources -> number of streams handed to JAX functions inside.
     """
@@ -63,7 +66,9 @@ class Recording(Traced):
         self.computed: dict[int, Tensor] = {}
         self.modules: dict[int, Noted] = {}
         self.settings: list[tuple[dict[str, Any], str, Any]] = []
-        self.numbers: list[tuple[dict[str, Any], str, Storage]] = []
+        self.numbers: list[Setting] = []
+        self.checks: list[Check] = []
+        self.groups: dict[int, dict[str, Any]] = {}
         self.optimizers: dict[int, tuple[Any, Any, Any]] = {}
         self.undo: list[Callable[[], None]] = []
         self.branches: dict[Storage, int] = {}

@@ -8,12 +8,15 @@ from typing import Any
 
 import jax
 import jax.core
+import torch
 
 from .. import errors
 from .._storage import Storage
 from ..tensor import Tensor
 from . import Program
 from ._where import failure, user_line
+
+SYMBOL = torch.SymFloat  # a number that is an input of the program: its node has `operand()`, its traced value, and a `hint`
 
 
 class Traced:
@@ -42,7 +45,9 @@ class Traced:
             _indexing.install()
 
     def run(self, program: Program, operands: Sequence[Any]) -> Any:
-        arrays = [self.read(o) if type(o) is Tensor else o for o in operands]
+        arrays = [
+            self.read(o) if type(o) is Tensor else o.node.operand() if type(o) is SYMBOL else o for o in operands
+        ]
         try:
             return program.fn(*arrays)
         except Exception as error:
