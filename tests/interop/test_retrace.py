@@ -107,7 +107,7 @@ def test_a_training_step_under_error() -> None:
         scheduler.step()
     assert step.cache_info().misses == 2 and "recorded once more" in reasons(step)[0]
     optimizer.param_groups[0]["weight_decay"] = 0.1
-    with pytest.raises(Retraced, match="'weight_decay' of an optimizer was changed"):
+    with pytest.raises(Retraced, match="'weight_decay' of an optimizer went from 0 to 0.1"):
         step(x)
 
 

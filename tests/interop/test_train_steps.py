@@ -282,6 +282,6 @@ def test_an_optimizer_that_counts_with_python_numbers() -> None:
             step()
         return weight.detach().cpu()
 
-    with pytest.warns(UserWarning, match="'step' of an optimizer was changed, for the 8th time"):
+    with pytest.warns(UserWarning, match="'step' of an optimizer went from 8 to 9, for the 8th time"):
         found = run("jax", torchax.compile)
     torch.testing.assert_close(found, run("cpu", lambda f: f))

@@ -110,7 +110,7 @@ def _numbers_to_device(
     for name, value in list(group.items()):
         if name == "params" or type(value) is Tensor:
             continue
-        if name == "lr":
+        if name == "lr" and not (by_torch and "foreach" not in group):  # Muon's takes numbers only
             setting = _known(recording, group, name) or Setting(
                 group, name, {None: Storage(concrete(float(value)), dense_meta((), torch.float64))}
             )
