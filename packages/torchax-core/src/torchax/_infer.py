@@ -186,10 +186,12 @@ def pivots_of(func: Any, args: tuple[Any, ...]) -> set[int]:
 
 def infer_by_shape(run: Callable[..., Any], operands: list[Any], index: int) -> Any:
     """For ops without a meta kernel: shapes and dtypes of what `run` gives for the operands, row-major strides."""
-    shapes = [
-        jax.ShapeDtypeStruct(o._m.shape, o._m.jax_dtype) if type(o) is Tensor else o.node.hint if type(o) is SYMBOL else o
-        for o in operands
-    ]
+
+    def shape(o: Any) -> Any:
+        if type(o) is Tensor:
+            return jax.ShapeDtypeStruct(o._m.shape, o._m.jax_dtype)
+        return o.node.hint if type(o) is SYMBOL else o
+
     with jax.enable_x64(True):
-        out = jax.eval_shape(run, *shapes)
+        out = jax.eval_shape(run, *map(shape, operands))
     return jax.tree.map(lambda s: dense_meta(tuple(s.shape), dtypes.to_torch(s.dtype), index), out)

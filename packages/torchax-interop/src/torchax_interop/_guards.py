@@ -122,7 +122,6 @@ class Guards:
                 return f"argument {i} shares memory with a tensor that the function uses by itself"
         return None
 
-
     def _asked_again(self) -> str | None:
         """Whether numbers of optimizers have changed so that Python would go another way with them; in words."""
         changed: list[Setting] = [n for n in self.numbers if n.group.get(n.name) is not n.seen]

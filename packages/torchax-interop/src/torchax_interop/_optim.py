@@ -24,7 +24,7 @@ class _Active:
     """What is put back after a recorded step."""
 
     def __init__(self) -> None:
-        self.groups: list[tuple[dict[str, Any], str, Any]] = []
+        self.groups: list[tuple[dict[str, Any], str, Any, Any]] = []
         self.steps: list[tuple[dict[str, Any], Tensor]] = []
         self.compiling = False
 
@@ -76,8 +76,9 @@ def _put_back(optimizer: Any) -> None:
     if active is None:
         return
     torch.compiler._is_compiling_flag = active.compiling
-    for group, name, value in reversed(active.groups):
-        group[name] = value
+    for group, name, value, put in reversed(active.groups):
+        if group.get(name) is put:  # else a hook has set it
+            group[name] = value
     for state, counter in active.steps:
         state["step"] = counter
 
@@ -97,7 +98,7 @@ def _forget_new_state(optimizer: Any) -> Any:
 
 
 def _swap(active: _Active, group: dict[str, Any], name: str, value: Any) -> None:
-    active.groups.append((group, name, group[name]))
+    active.groups.append((group, name, group[name], value))
     group[name] = value
 
 
@@ -105,29 +106,39 @@ def _numbers_to_device(
     recording: Recording, active: _Active, optimizer: Any, group: dict[str, Any], first: bool
 ) -> None:
     """Hyperparameters become inputs where they can, the others are constants of the program."""
-    before = recording.groups.get(id(group), {})
+    before = recording.groups.get(id(group))
     by_torch = type(optimizer).step.__module__.startswith("torch.optim.")  # which takes symbols for numbers
+    rate_as_tensor = "foreach" in group or not by_torch  # without (Muon's), torch takes a number only
     for name, value in list(group.items()):
         if name == "params" or type(value) is Tensor:
             continue
-        if name == "lr" and not (by_torch and "foreach" not in group):  # Muon's takes numbers only
-            setting = _known(recording, group, name) or Setting(
-                group, name, {None: Storage(concrete(float(value)), dense_meta((), torch.float64))}
-            )
-            storage = setting.parts[None]
-            _swap(active, group, name, make(storage, storage.geometry))
-        else:
-            setting = _known(recording, group, name)
-            if setting is not None and setting.recorded is not value:  # set between two steps
-                continue
-            if setting is None and by_torch and before.get(name) is value:  # else the function has set it
+        setting = _known(recording, group, name)
+        as_tensor = name == "lr" and rate_as_tensor
+        as_before = as_tensor if before is None else before.get(name) is value  # else the function has set it
+        if setting is None and as_before:
+            if as_tensor:
+                storage = Storage(concrete(float(value)), dense_meta((), torch.float64))
+                setting = Setting(group, name, {None: storage})
+            elif by_torch:
                 setting = setting_of(group, name)
             if setting is not None:
-                _swap(active, group, name, symbolic(setting, recording.checks))
-            elif first and not isinstance(value, torch.Tensor):
+                recording.numbers.append(setting)
+        if setting is None:
+            if first and not isinstance(value, torch.Tensor):
                 recording.settings.append((group, name, value))
-        if setting is not None and setting not in recording.numbers:
-            recording.numbers.append(setting)
+        elif setting.recorded is value:  # else it was set between two steps: a constant
+            storage = setting.parts.get(None)
+            stand_in = make(storage, storage.geometry) if as_tensor else symbolic(setting, recording.checks)
+            _swap(active, group, name, stand_in)
+
+
+def groups_before(optimizers: list[Any]) -> dict[int, dict[str, Any]]:
+    """The entries of their groups before a recording (by id of the group); what the function sets is told apart by identity."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.update({k: v * 1.0 for k, v in group.items() if type(v) is float})  # objects that nobody else has
+            group.update({k: tuple(list(v)) for k, v in group.items() if type(v) is tuple})
+    return {id(group): dict(group) for o in optimizers for group in o.param_groups}
 
 
 def _known(recording: Recording, group: dict[str, Any], name: str) -> Setting | None:

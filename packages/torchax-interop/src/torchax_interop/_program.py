@@ -63,12 +63,10 @@ class Program:
         self.differentiable_metas = recorder.differentiable_metas
         self.refused = recorder.refused
         self.argument_grads = recorder.argument_grads
-        self.numbers = recording.numbers
-        recording.settings += [  # what the function has set after a step holds for this call alone
-            (n.group, n.name, n.recorded)
-            for n in self.numbers
-            if n.name != "lr" and n.group.get(n.name) is not n.recorded
-        ]
+        # what the function itself sets after a step
+        lost = [n for n in recording.numbers if n.group.get(n.name) is not n.recorded]
+        recording.settings += [(n.group, n.name, n.recorded) for n in lost]
+        self.numbers = recording.numbers = [n for n in recording.numbers if n not in lost]
         self.in_shardings = recorder.options.in_shardings
         self.settled = not recorder.strangers
         self.tensors = list(recording.tensors.values())

@@ -19,7 +19,7 @@ from torchax.tensor import Tensor, make, wrap
 from ._enter import jax_factories
 from ._groups import Options, dense, group_leaves
 from ._layout import is_source
-from ._optim import refuse_schedulers
+from ._optim import groups_before, refuse_schedulers
 from ._program import Program
 from ._reach import Places, reachable_tensors
 from ._recording import NotDifferentiable, Recording, concrete, noting_modules
@@ -80,8 +80,9 @@ class Recorder:
         self.recording = Recording()
         self.places = Places(fn)
         self.places.plain.remember()
-        optimizers = [*self.places.optimizers, *(x for x in leaves if isinstance(x, torch.optim.Optimizer))]
-        self.recording.groups = {id(group): dict(group) for o in optimizers for group in o.param_groups}
+        self.recording.groups = groups_before(
+            [*self.places.optimizers, *(x for x in leaves if isinstance(x, torch.optim.Optimizer))]
+        )
         self.on_cpu = [
             (name, t, t._version) for m in self.places.modules for name, t in m.named_buffers() if type(t) is not Tensor
         ]

@@ -90,7 +90,8 @@ ADDC = [
 def _lerp(x, end, weight):
     x, end = _over(x, end)
     weight = scalar(weight, x.dtype)
-    return jnp.where(jnp.abs(weight) < 0.5, x + weight * (end - x), end - (end - x) * (1 - weight))
+    near = jnp.abs(weight) < 0.5
+    return jnp.where(near, x, end) + jnp.where(near, weight, weight - 1) * (end - x)
 
 
 @lowering(aten._foreach_lerp.Scalar)

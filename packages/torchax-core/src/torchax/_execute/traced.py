@@ -16,7 +16,8 @@ from ..tensor import Tensor
 from . import Program
 from ._where import failure, user_line
 
-SYMBOL = torch.SymFloat  # a number that is an input of the program: its node has `operand()`, its traced value, and a `hint`
+# a number that is an input of the program: its node has `operand()`, its traced value, and a `hint`, what it is now
+SYMBOL = torch.SymFloat
 
 
 class Traced:
@@ -45,9 +46,7 @@ class Traced:
             _indexing.install()
 
     def run(self, program: Program, operands: Sequence[Any]) -> Any:
-        arrays = [
-            self.read(o) if type(o) is Tensor else o.node.operand() if type(o) is SYMBOL else o for o in operands
-        ]
+        arrays = [self.read(o) if type(o) is Tensor else o.node.operand() if type(o) is SYMBOL else o for o in operands]
         try:
             return program.fn(*arrays)
         except Exception as error:
