@@ -127,8 +127,8 @@ def _numbers_to_device(
             if first and not isinstance(value, torch.Tensor):
                 recording.settings.append((group, name, value))
         elif setting.recorded is value:  # else it was set between two steps: a constant
-            storage = setting.parts.get(None)
-            stand_in = make(storage, storage.geometry) if as_tensor else symbolic(setting, recording.checks)
+            storage = setting.parts[None] if as_tensor else None
+            stand_in = symbolic(setting, recording.checks) if storage is None else make(storage, storage.geometry)
             _swap(active, group, name, stand_in)
 
 

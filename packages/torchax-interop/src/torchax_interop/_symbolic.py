@@ -45,7 +45,8 @@ class Setting:
 
     def fits(self) -> bool:
         """Whether the entry holds numbers where it did, and what it did elsewhere."""
-        value, before = self.group.get(self.name), self.recorded
+        before = self.recorded
+        value: Any = self.group.get(self.name)
         if None in self.parts:
             return _is_number(value)
         return (
@@ -149,7 +150,7 @@ class Number:
     str = _graph_repr
 
     # ------------------------------------------------------------------ arithmetic and questions
-    def computed(self, compute: Callable[..., float], *others: Number) -> Number:
+    def computed(self, compute: Callable[..., Any], *others: Number) -> Number:
         """The number that follows from this one and `others`."""
         numbers = (self, *others)
         return Number(

@@ -286,7 +286,7 @@ def compile(fn: Any = None, former: CompileOptions | None = None, /, **options: 
     The function is ordinary PyTorch: it may call modules, `backward()`, `optimizer.step()`, write into tensors and draw
     random numbers. It is recorded when it is called with new shapes, dtypes or static arguments, in another grad or
     autocast mode, or when something that it depends on has changed (training flags, `requires_grad`, replaced
-    parameters, settings of an optimizer other than ``lr``). Tensors that it uses without being given them are inputs of the
+    parameters, settings of an optimizer that are no floats). Tensors that it uses without being given them are inputs of the
     program, those that it writes are outputs; results carry gradients as they do eagerly. Python code inside runs while
     recording only.
 
