@@ -20,6 +20,8 @@ from torchax._execute import state
 from torchax._storage import Storage, dense_meta
 
 _UNSEEN = object()
+_UNCHANGING = (float, int, tuple)
+_NUMBERS = (float, int, torch.Tensor)
 
 
 class Setting:
@@ -60,11 +62,12 @@ class Setting:
         value = self.group[self.name]
         for at, storage in self.parts.items():
             storage.value = np.float64(float(value if at is None else value[at]))
-        self.seen = value if isinstance(value, float | int | tuple) else _UNSEEN  # others change in place
+        self.seen = value if isinstance(value, _UNCHANGING) else _UNSEEN
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, float | int | torch.Tensor) and type(value) is not bool
+    kind = type(value)
+    return kind is float or (kind is not bool and isinstance(value, _NUMBERS))
 
 
 class Check(NamedTuple):
