@@ -352,7 +352,7 @@ def test_fallbacks(tmp_path: pathlib.Path) -> None:
         "import sys, torch, torchax\n"
         "assert sys.argv[1:] == ['--n', '2'] and torchax.config.fallback == 'cpu'\n"
         "x = torch.rand(3, device='jax')\n"
-        "(x + x).sum().item()\n"
+        "print((x + x).sum().item())\n"
     )
     out = run("fallbacks", "--format", "json", str(script), "--n", "2")
     assert json.loads(out) == []

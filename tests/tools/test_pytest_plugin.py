@@ -56,6 +56,7 @@ def test_platform_is_told_to_jax(tmp_path: pathlib.Path) -> None:
     ("arguments", "said"),
     [
         (("--torchax-platform", "tpu"), "--torchax-platform tpu: JAX cannot use it here"),
+        (("--torchax-platform", "gpu"), "Where there is one, pip install 'torchax[cuda]'"),
         (("--torchax-platform", "npu"), "invalid choice: 'npu'"),
     ],
 )

@@ -49,8 +49,13 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         found = _platform()
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise pytest.UsageError(f"--torchax-platform {wanted}: JAX cannot use it here: {reason}") from None
+        reason = (str(error).strip().splitlines() or [f"it finds none ({type(error).__name__})"])[0]
+        remedy = {"gpu": "pip install 'torchax[cuda]'", "tpu": "pip install 'torchax[tpu]'"}.get(
+            wanted, "unset JAX_PLATFORMS"
+        )
+        raise pytest.UsageError(
+            f"--torchax-platform {wanted}: JAX cannot use it here: {reason}. Where there is one, {remedy}"
+        ) from None
     if found != wanted:
         raise pytest.UsageError(
             f"--torchax-platform {wanted}: JAX computes on {found}, since its devices were made before the option was read; "

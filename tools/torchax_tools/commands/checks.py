@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import sys
 from typing import Annotated
@@ -52,7 +53,8 @@ def fallbacks(
 
     sys.argv = [str(script), *context.args]
     sys.path.insert(0, str(script.resolve().parent))
-    with torchax.config.override(fallback="cpu"), warnings.catch_warnings():
+    printing = contextlib.redirect_stdout(sys.stderr) if format is Format.json else contextlib.nullcontext()
+    with torchax.config.override(fallback="cpu"), warnings.catch_warnings(), printing:
         warnings.filterwarnings("ignore", message=".*has no lowering and runs on CPU.*")
         try:
             runpy.run_path(str(script), run_name="__main__")
