@@ -29,6 +29,7 @@ DTYPES = (
 OK, FAILED, USAGE = 0, 1, 2  # exit codes: done; a check did not hold; wrong arguments or input
 
 FOLDED = 16  # columns: what long cells keep on a narrow terminal
+PADDED = 80  # columns: longer cells of lines in a pipe do not push those of other lines away
 
 
 class Format(enum.StrEnum):
@@ -70,6 +71,8 @@ def write_table(title: str, rows: list[dict[str, Any]], columns: list[str] | Non
     headings = [column.replace("_", " ") for column in columns]
     widths = [max(map(cell_len, column)) for column in zip(headings, *cells, strict=True)]
     numbers = [all(type(row.get(column)) in (int, float) for row in rows) for column in columns]
+    if not out.is_terminal:
+        widths = [min(width, PADDED) for width in widths]
     if not out.is_terminal or sum(widths) + 2 * len(widths) <= out.width:
         out.print(_aligned(columns, headings, cells, widths, numbers), soft_wrap=True)
     elif sum(min(width, FOLDED) + 2 for width in widths) > out.width:
