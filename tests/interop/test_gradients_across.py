@@ -111,3 +111,47 @@ def test_what_was_computed_from_what_is_used_too(compute: Any) -> None:
         return [*found, weight.grad]
 
     both(program)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda p, h, x: p[1:],
+        lambda p, h, x: h.view(2, 2),
+        lambda p, h, x: x[1:],
+        lambda p, h, x: x.reshape(2, 2).t()[1:],
+        lambda p, h, x: p.detach()[1:],
+    ],
+    ids=["parameter", "computed", "argument", "views of views", "detached"],
+)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_results_that_are_views_alias_and_have_gradients(view: Any, requires_grad: bool) -> None:
+    def program(device: str, compiler: Any) -> list[torch.Tensor]:
+        parameter = torch.nn.Parameter(torch.arange(4.0, device=device))
+        hidden = parameter * 2
+        x = torch.arange(4.0, device=device).requires_grad_(requires_grad)
+        fn = compiler(lambda x: (view(parameter, hidden, x), (x * 3).sum()))
+        found: list[torch.Tensor] = []
+        for _ in range(2):
+            y, total = fn(x)
+            if y.requires_grad:
+                loss = (y * y.detach()).sum() + (total if requires_grad else 0)
+                leaves = [t for t in (parameter, x) if t.requires_grad]
+                grads = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+                found += [torch.zeros(4) if g is None else g for g in grads]
+            with torch.no_grad():
+                y.add_(1)
+                found += [t.detach().clone() for t in (y, parameter, hidden, x)]
+                parameter.sub_(2)
+                found.append(y.detach().clone())
+        return found
+
+    both(program)
+
+
+def test_a_view_of_a_parameter_follows_requires_grad() -> None:
+    parameter = torch.nn.Parameter(torch.arange(4.0, device="jax"), requires_grad=False)
+    fn = torchax.compile(lambda: parameter[1:])
+    assert not fn().requires_grad
+    parameter.requires_grad_()
+    assert fn().requires_grad

@@ -295,6 +295,9 @@ class Program:
                 results.append(found[recipe[1]])
             elif kind == "same":
                 results.append(leaves[recipe[1]])
+            elif kind == "view":  # torch's own, so that it has a gradient and the writes of both are seen by both
+                _, base, *geometry = recipe
+                results.append(torch.as_strided(leaves[base] if type(base) is int else base, *geometry))
             elif kind == "outside":
                 results.append(make(*recipe[1:]))
             elif kind == "array":

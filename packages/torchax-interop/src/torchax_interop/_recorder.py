@@ -229,9 +229,14 @@ class Recorder:
         """Gradients of the results by everything that requires one, given cotangents that become inputs."""
         self.differentiable = []
         self.refused: tuple[str, list[int]] | None = None
+        self.bases = {i: base for i, t in enumerate(outs) if (base := self._base(t, inner)) is not None}
         if not torch.is_grad_enabled():
             return []
-        chosen = [i for i, t in enumerate(outs) if type(t) is Tensor and t.requires_grad and not t.is_leaf]
+        chosen = [
+            i
+            for i, t in enumerate(outs)
+            if type(t) is Tensor and t.requires_grad and not t.is_leaf and i not in self.bases
+        ]
         given = [i for i, t in enumerate(inner) if type(t) is Tensor and t.requires_grad]
         captured = [t for t in self.recording.tensors.values() if t.requires_grad]
         captured += self.recording.computed.values()
@@ -260,6 +265,23 @@ class Recorder:
         self.roots = [root for root, _ in pairs]
         return [self.recording.read(g) for _, g in pairs]
 
+    def _base(self, t: Any, inner: list[Any]) -> Tensor | int | None:
+        """What a result that requires a gradient is a view of: a tensor from outside, or the position of an argument."""
+        base: Any = t._base if type(t) is Tensor else None
+        if type(base) is not Tensor:
+            return None
+        if base._s.owner is None:
+            self.recording.note(base)  # nothing else reads it
+        if not t.requires_grad or t.dtype != base.dtype or t.is_conj() or t.is_neg():
+            return None
+        if base._s.owner is None:
+            return base
+        at = self.same.get(id(base))
+        if at is None or not base.is_leaf:
+            return None
+        leaf = self.leaves[at]
+        return at if type(leaf) is Tensor and leaf._s in self.recording.given else None
+
     def _outputs(self, outs: list[Any], inner: list[Any], grads: list[Any]) -> list[Any]:
         """Sort the results into recipes; gives the outputs of the jaxpr."""
         recording = self.recording
@@ -275,6 +297,8 @@ class Recorder:
                 results.append(t)
             elif type(t) is not Tensor:
                 recipes.append(("object", t.index) if type(t) is Known else ("static", t))
+            elif i in self.bases:
+                recipes.append(("view", self.bases[i], tuple(t.shape), t.stride(), t.storage_offset()))
             elif i in self.differentiable:
                 recipes.append(("differentiable", self.differentiable.index(i)))
                 results.append(recording.read(t))
