@@ -229,7 +229,7 @@ class Recorder:
         """Gradients of the results by everything that requires one, given cotangents that become inputs."""
         self.differentiable = []
         self.refused: tuple[str, list[int]] | None = None
-        self.bases = {i: base for i, t in enumerate(outs) if (base := self._base(t, inner)) is not None}
+        self.bases = {i: base for i, t in enumerate(outs) if (base := self._base(t)) is not None}
         if not torch.is_grad_enabled():
             return []
         chosen = [
@@ -265,7 +265,7 @@ class Recorder:
         self.roots = [root for root, _ in pairs]
         return [self.recording.read(g) for _, g in pairs]
 
-    def _base(self, t: Any, inner: list[Any]) -> Tensor | int | None:
+    def _base(self, t: Any) -> Tensor | int | None:
         """What a result that requires a gradient is a view of: a tensor from outside, or the position of an argument."""
         base: Any = t._base if type(t) is Tensor else None
         if type(base) is not Tensor:
