@@ -66,6 +66,12 @@ def cast(x, dtype: np.dtype) -> Array:
     return convert.cast(jnp.asarray(x), np.dtype(dtype))
 
 
+def interpolate(x, end, weight) -> Array:
+    """x + weight (end - x), computed from the nearer end as ATen's lerp does."""
+    near = jnp.abs(weight) < 0.5
+    return jnp.where(near, x, end) + jnp.where(near, weight, weight - 1) * (end - x)
+
+
 def complex_log_add_exp(a: Array, b: Array) -> Array:
     """log(exp(a) + exp(b)) of complex numbers: the one with the larger real part is drawn out, its phase kept."""
     swap = a.real < b.real

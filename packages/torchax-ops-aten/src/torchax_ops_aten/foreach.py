@@ -6,6 +6,7 @@ import numpy as np
 from torchax.dtypes import to_jax
 from torchax.ops import Lowering, aten, lowering
 
+from ._common import interpolate
 from ._index import opmath, scalar
 
 
@@ -89,9 +90,7 @@ ADDC = [
 
 def _lerp(x, end, weight):
     x, end = _over(x, end)
-    weight = scalar(weight, x.dtype)
-    near = jnp.abs(weight) < 0.5
-    return jnp.where(near, x, end) + jnp.where(near, weight, weight - 1) * (end - x)
+    return interpolate(x, end, scalar(weight, x.dtype))
 
 
 @lowering(aten._foreach_lerp.Scalar)

@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 from torchax.ops import aten, lowering, table
 
-from ._common import cast, is_complex, is_float, is_inexact
+from ._common import cast, interpolate, is_complex, is_float, is_inexact
 
 
 def _sign(x):
@@ -162,8 +162,7 @@ def masked_fill(x, mask, value):
 @lowering(aten.lerp.Scalar, aten.lerp.Tensor, promote="default", exact=("weight",))
 def lerp(x, end, weight):
     """x + weight (end - x), computed from the nearer end."""
-    low = jnp.abs(weight) < 0.5
-    return jnp.where(low, x + weight * (end - x), end - (end - x) * (1 - weight))
+    return interpolate(x, end, weight)
 
 
 @lowering(aten.addcmul.default, promote="default", exact=("value",))
