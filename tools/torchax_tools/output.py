@@ -11,7 +11,7 @@ import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Annotated, Any
 
 import typer
@@ -217,6 +217,12 @@ def unknown(what: str, given: str, known: Iterable[str]) -> typer.Exit:
         f"no {what} {given!r}; "
         + (f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(there) or 'none'}")
     )
+
+
+def require(what: str, given: str | None, known: Collection[str]) -> None:
+    """End the command if a name is given that is none of those known."""
+    if given is not None and given not in known:
+        raise unknown(what, given, known)
 
 
 def torch_dtype(name: str | None) -> Any:

@@ -18,8 +18,8 @@ from ..output import (
     as_markdown,
     epilog,
     fail,
+    require,
     torch_dtype,
-    unknown,
     write_table,
     write_text,
 )
@@ -82,10 +82,8 @@ def coverage(
     if missing and kind not in (None, "missing"):
         raise fail(f"--missing and --kind {kind} exclude each other")
     kind = "missing" if missing else kind
-    if kind is not None and kind not in data.KINDS:
-        raise unknown("kind", kind, data.KINDS)
-    if platform is not None and platform not in PLATFORMS:
-        raise unknown("platform", platform, PLATFORMS)
+    require("kind", kind, data.KINDS)
+    require("platform", platform, PLATFORMS)
     if output is not None and format is Format.table:
         raise fail("a table is for reading here: give --output with --format json, csv, markdown or html")
     wanted = torch_dtype(dtype)
@@ -104,9 +102,7 @@ def coverage(
             )
             for row in everything
         ]
-    families = sorted({row.family for row in everything})
-    if family is not None and family not in families:
-        raise unknown("family", family, families)
+    require("family", family, sorted({row.family for row in everything}))
     chosen = [
         row
         for row in everything
@@ -148,8 +144,7 @@ def _no_such_plugin(name: str) -> None:
     from torchax import plugins
 
     states = {s.name: s.state for s in plugins.status()}
-    if name not in states:
-        raise unknown("plugin", name, states)
+    require("plugin", name, states)
     if states[name] != "loaded":
         raise fail(f"plugin {name!r} is {states[name]}; torchax-ops plugins says why")
 

@@ -15,8 +15,8 @@ from ..output import (
     console,
     epilog,
     fail,
+    require,
     torch_dtype,
-    unknown,
     write_json,
     write_table,
 )
@@ -64,8 +64,7 @@ def explain(
         near = _lookup.closest(op)
         raise fail(f"torch has no op {op!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
     wanted = torch_dtype(dtype)
-    if platform is not None and platform not in PLATFORMS:
-        raise unknown("platform", platform, PLATFORMS)
+    require("platform", platform, PLATFORMS)
     answers, refused = [], None
     try:
         question = Question(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..output import AsFormat, Format, among, epilog, unknown, write_json, write_table
+from ..output import AsFormat, Format, among, epilog, require, write_json, write_table
 
 LIST_EXAMPLES = """\
 Examples:
@@ -61,12 +61,8 @@ def list_ops(
         for row in everything
         if pattern in row["op"] and plugin in (None, row["plugin"]) and family in (None, row["family"])
     ]
-    families = sorted({row["family"] for row in everything})
-    if family is not None and family not in families:
-        raise unknown("family", family, families)
-    providers = {row["plugin"] for row in everything} | set(plugins_that_begin(""))
-    if plugin is not None and plugin not in providers:
-        raise unknown("plugin", plugin, sorted(providers))
+    require("family", family, sorted({row["family"] for row in everything}))
+    require("plugin", plugin, sorted({row["plugin"] for row in everything} | set(plugins_that_begin(""))))
     if pattern and not found:
         near = difflib.get_close_matches(pattern, dict.fromkeys(row["op"] for row in everything), 3, 0.6)
         near = near or difflib.get_close_matches(pattern, ops_that_begin(""), 3, 0.6)

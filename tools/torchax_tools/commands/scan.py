@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..output import FAILED, PLATFORMS, AsFormat, Format, among, epilog, fail, unknown, write_json, write_table
+from ..output import FAILED, PLATFORMS, AsFormat, Format, among, epilog, fail, require, write_json, write_table
 
 EXAMPLES = """\
 Examples:
@@ -36,8 +36,7 @@ def scan(
 
     from .. import scan as scanner
 
-    if platform is not None and platform not in PLATFORMS:
-        raise unknown("platform", platform, PLATFORMS)
+    require("platform", platform, PLATFORMS)
     path = pathlib.Path(program)
     try:
         if ":" not in program or path.is_file():
