@@ -1,10 +1,13 @@
 """The command `torchax-ops fit`."""
 
+import functools
 import json
 
 import pytest
 from torchax_tools import cli
 from typer.testing import CliRunner
+
+from commands import run
 
 _MODELS = """
 import sys
@@ -43,10 +46,7 @@ def _models(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
-def _fit(*arguments, code=0):
-    result = CliRunner().invoke(cli.app, ["fit", *arguments])
-    assert result.exit_code == code, f"exit {result.exit_code}\n{result.output}\n{result.exception!r}"
-    return result.output
+_fit = functools.partial(run, "fit")
 
 
 @pytest.mark.tpu_aot
