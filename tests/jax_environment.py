@@ -1,9 +1,10 @@
-"""The environment that JAX is started in for tests and for the tools beside them; imports neither jax nor torch."""
+"""The environment that Python and JAX are started in for tests and for the tools beside them; imports neither jax nor torch."""
 
 from __future__ import annotations
 
 import os
 import pathlib
+import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEVICES = 4
@@ -24,6 +25,9 @@ def prepare() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # a hundred subprocesses would each compile torch and jax
+        os.environ.setdefault("PYTHONPYCACHEPREFIX", str(ROOT / ".cache" / "bytecode"))
+        sys.pycache_prefix, sys.dont_write_bytecode = os.environ["PYTHONPYCACHEPREFIX"], False
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("MPLBACKEND", "agg")

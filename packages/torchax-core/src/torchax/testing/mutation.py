@@ -257,7 +257,7 @@ def view(op: Any, sample: Sample, same: Values) -> None:
 def error_cases(op: Any) -> list[Sample]:
     """The calls that OpInfo says are wrong."""
     torch.manual_seed(samples.SEED)
-    return [samples.of(e.sample_input) for e in op.error_inputs("cpu")]
+    return [samples.of(e.sample_input) for e in samples.drawn(op.error_inputs_func, op, "cpu")]
 
 
 def wrong_call(op: Any, sample: Sample) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy
 import torch
 import torch.utils._pytree as pytree
 
 from .drafts import Draft
 
 SEED = 20240
+_OPINFO_SEED = 1234  # of torch.testing._internal.common_utils, importing which parses the command line
 UPCAST = {
     torch.bfloat16: torch.float64,
     torch.float16: torch.float64,
@@ -105,6 +108,24 @@ def as_sample(x: Any) -> Sample:
     return made
 
 
+def drawn(make: Callable[..., Iterable[Any]], *args: Any) -> Iterator[Any]:
+    """What a function of OpInfo makes, the random state of the CPU set anew before each item.
+
+    The items are those of ``OpInfo.sample_inputs`` and ``error_inputs``, which seed absent accelerators as well: each of these keeps
+    the traceback of the call, and that takes longer than all else.
+    """
+    items = iter(make(*args))
+    while True:
+        torch.default_generator.manual_seed(_OPINFO_SEED)
+        random.seed(_OPINFO_SEED)
+        numpy.random.seed(_OPINFO_SEED)
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        yield item
+
+
 _generated: collections.OrderedDict[Any, tuple[Sample, ...]] = collections.OrderedDict()
 
 
@@ -113,9 +134,8 @@ def generate(op: Any, dtype: torch.dtype, requires_grad: bool = False, seed: int
     key = op.full_name, dtype, requires_grad, seed
     if key not in _generated:
         torch.manual_seed(seed)
-        _generated[key] = tuple(
-            of(s, HOST.get(op.full_name, ())) for s in op.sample_inputs("cpu", dtype, requires_grad=requires_grad)
-        )
+        items = drawn(op.sample_inputs_func, op, "cpu", dtype, requires_grad)
+        _generated[key] = tuple(of(s, HOST.get(op.full_name, ())) for s in items)
         if len(_generated) > 8:
             _generated.popitem(last=False)
     return _generated[key]
