@@ -138,9 +138,12 @@ def test_missing_and_damaged(tmp_path: pathlib.Path) -> None:
         path.write_bytes(whole[:cut])
         with pytest.raises(CheckpointError, match=r"a\.pt.*(cannot be read|damaged)"):
             torchax.load_checkpoint(path)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="empty"):
-        torchax.load_checkpoint(tmp_path / "empty")
+    (tmp_path / "new").mkdir()
+    with pytest.raises(CheckpointError, match=r"new cannot be read.*no model\.safetensors is in it: it is empty"):
+        torchax.load_checkpoint(tmp_path / "new")
+    (tmp_path / "new" / "weights.bin").touch()
+    with pytest.raises(CheckpointError, match=r"it holds weights\.bin"):
+        torchax.load_checkpoint(tmp_path / "new")
 
 
 def test_no_code_from_the_file(tmp_path: pathlib.Path) -> None:

@@ -138,6 +138,8 @@ def test_tensor_by_tensor(name: str, tmp_path: pathlib.Path, rows: Any, monkeypa
     state = {"layers": [torch.full((4,), float(i), device="jax") for i in range(3)], "empty": torch.zeros(0, 3)}
     torchax.save_checkpoint(state, tmp_path / name)
     with open_checkpoint(tmp_path / name, sharding={"layers.1": rows}, dtype=torch.float64) as found:
+        shown = repr(found).splitlines()
+        assert name in shown[0] and "4 tensors" in shown[0] and shown[1].strip() == "layers.0: (4,) torch.float64"
         assert list(found) == ["layers.0", "layers.1", "layers.2", "empty"]
         assert found.shapes["empty"] == (0, 3) and found.dtypes["layers.0"] is torch.float64
         assert found["layers.2"].tolist() == [2] * 4 and found["layers.2"].dtype == torch.float64

@@ -139,6 +139,11 @@ class LazyCheckpoint(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._leaves)
 
+    def __repr__(self) -> str:
+        listed = [f"{name}: {tuple(self.shapes[name])} {self.dtypes[name]}" for name in itertools.islice(self, 8)]
+        more = [f"... and {len(self) - 8} more"] if len(self) > 8 else []
+        return "\n  ".join([f"<LazyCheckpoint {self._reader.source}, {len(self)} tensors", *listed, *more]) + ">"
+
     def close(self) -> None:
         """Give the files back."""
         self._reader.close()

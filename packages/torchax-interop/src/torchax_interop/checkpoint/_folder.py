@@ -61,6 +61,10 @@ class FolderReader(Reader):
         super().__init__(source)
         self._path = source.absolute()
         with reading(source), quiet():
+            if not (self._path / "tree").is_dir():
+                found = sorted(entry.name for entry in self._path.iterdir())
+                holds = f"it holds {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}" if found else "it is empty"
+                raise ValueError(f"no folder that save_checkpoint wrote, and no model.safetensors is in it: {holds}")
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                 found = checkpointer.restore(self._path, args=ocp.args.Composite(tree=ocp.args.JsonRestore()))
             if found.tree["format"] != _FORMAT or found.tree["version"] > _VERSION:
