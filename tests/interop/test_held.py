@@ -164,6 +164,28 @@ def test_readers_in_another_thread():
     assert seen == sorted(seen)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_only_garbage_holds_does_not_stay(fails):
+    frozen = gc.get_freeze_count()
+
+    @torchax.compile
+    def step(x):
+        ring = [x * 2]
+        ring.append(ring)
+        if fails:
+            raise KeyError("of the user")
+        return x + 1
+
+    x = torch.ones(2, device="jax")
+    if fails:
+        with pytest.raises(KeyError, match="of the user"):
+            step(x)
+    else:
+        assert step(x).tolist() == [2, 2] and step(x).tolist() == [2, 2]
+        assert step.cache_info()[:2] == (1, 1) and not step.cache_info().reasons
+    assert gc.get_freeze_count() == frozen  # a recording sets the heap aside, and puts it back
+
+
 def test_a_held_tensor_does_not_keep_the_others():
     counters, step = _counters()
     for _ in range(4):

@@ -99,7 +99,7 @@ class Recorder:
         try:
             with jax.enable_x64(True):
                 arrays = [g.value(self.leaves) for g in self.groups]
-                with executing(recording), noting_modules(recording), jax_factories(self._index()):
+                with executing(recording), noting_modules(recording), jax_factories(self._index()), _heap_aside():
                     closed = jax.make_jaxpr(self.body)(*[_array(s.value) for s in self.explicit], *arrays)
             lost = swallowed(closed.jaxpr, {id(a) for a in recording.captured.values()})
             if lost:
@@ -380,12 +380,8 @@ class Recorder:
         def alive() -> list[Storage]:
             return [s for ref in (*self.recording._born, *refs) if (s := ref()) is not None]
 
-        def has_strangers() -> bool:
-            return any(id(s) not in grads for s in alive())
-
-        for generation in (1, 2):  # what only garbage holds does not count
-            if has_strangers():
-                gc.collect(generation)
+        if any(id(s) not in grads for s in alive()):
+            gc.collect()  # what only garbage holds does not count
         found = alive()
         self.strangers = self.surprises + sum(id(s) not in grads for s in found)
         return found
@@ -404,6 +400,19 @@ def cut_behind(tensors: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _heap_aside() -> Iterator[None]:
+    """Within, a garbage collection looks at what was made within: all objects of torch, jax and a model take a third of a second."""
+    if gc.get_freeze_count():  # the program's own doing, or a recording around this one
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _array(value: Any) -> Any:

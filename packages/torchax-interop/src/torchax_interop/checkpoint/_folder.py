@@ -62,8 +62,9 @@ class FolderReader(Reader):
         self._path = source.absolute()
         with reading(source), quiet():
             if not (self._path / "tree").is_dir():
-                found = sorted(entry.name for entry in self._path.iterdir())
-                holds = f"it holds {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}" if found else "it is empty"
+                names = sorted(entry.name for entry in self._path.iterdir())
+                listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+                holds = f"it holds {listed}" if names else "it is empty"
                 raise ValueError(f"no folder that save_checkpoint wrote, and no model.safetensors is in it: {holds}")
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                 found = checkpointer.restore(self._path, args=ocp.args.Composite(tree=ocp.args.JsonRestore()))
