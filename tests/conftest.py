@@ -161,6 +161,16 @@ def config() -> Iterator[Any]:
 
 
 @pytest.fixture
+def full_effort() -> Iterator[None]:
+    """XLA optimises as it does for users, not as `jax_environment` tells it to: for what the compiler fuses, and for its figures."""
+    name = "jax_exec_time_optimization_effort"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0.0)
+    yield
+    jax.config.update(name, before)
+
+
+@pytest.fixture
 def jax_devices() -> list[jax.Device]:
     """The virtual devices of the test process, at least two."""
     devices = jax.devices()

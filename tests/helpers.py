@@ -8,10 +8,19 @@ import subprocess
 import sys
 from typing import Any
 
+import hypothesis
 import torch
 import torch.utils._pytree as pytree
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def examples(n: int) -> hypothesis.settings:
+    """Settings of a property whose examples take long: `n` of them in the ci profile, in others in proportion."""
+    profiles = [
+        hypothesis.settings.get_profile(name) for name in ("ci", hypothesis.settings.get_current_profile_name())
+    ]
+    return hypothesis.settings(max_examples=n * profiles[1].max_examples // profiles[0].max_examples)
 
 
 def assert_same(

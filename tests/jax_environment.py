@@ -22,6 +22,8 @@ def prepare() -> None:
         if not any(f.split("=")[0] == flag.split("=")[0] for f in flags):
             flags.append(flag)
     os.environ["XLA_FLAGS"] = " ".join(flags)
+    # programs for TPU are compiled and never run; where the compiler's own choices are tested: `full_effort` of conftest.py
+    os.environ.setdefault("JAX_EXEC_TIME_OPTIMIZATION_EFFORT", "-1")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchax
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+
+from helpers import examples
 
 lowerings = pytest.importorskip("torchax_ops_pallas.lowerings")
 from jax.experimental import pallas as pl  # noqa: E402
@@ -52,7 +54,7 @@ def _compare(arrays, mask, causal, dtype=jnp.float32, interpret=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
 
 
-@settings(max_examples=3)
+@examples(3)
 @given(
     heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
     length=st.integers(64, 200),

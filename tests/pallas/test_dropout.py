@@ -11,12 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchax
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from torchax import interop
+
+from helpers import examples
 
 pytest.importorskip("torchax_ops_pallas")
 from torchax_ops_pallas import reference
@@ -92,7 +94,7 @@ def _compare(attend, arrays, mask, causal, p, tolerance=2e-5, dtype=jnp.float32)
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
 
 
-@settings(max_examples=4)
+@examples(4)
 @given(
     heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
     length=st.integers(64, 200),

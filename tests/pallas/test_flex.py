@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torchax
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from torchax import interop
+
+from helpers import examples
 
 pytest.importorskip("torchax_ops_pallas")
 from torchax_ops_pallas.lowerings import KernelUnavailable
@@ -32,7 +34,7 @@ def _reference(query, key, value, left, right, cap, scale):
     return scores.masked_fill((distance > left) | (-distance > right), -torch.inf).softmax(-1) @ value
 
 
-@settings(max_examples=4)
+@examples(4)
 @given(
     length=st.integers(64, 300),
     more=st.integers(0, 90),
@@ -246,6 +248,7 @@ def test_the_tpu_compiler_holds_no_scores(topology):
 
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("name", ["causal documents", "prefix"])
+@pytest.mark.usefixtures("full_effort")
 def test_the_tpu_compiler_takes_documents_prefixes_and_statistics(name):
     pytest.importorskip("libtpu")
 

@@ -16,6 +16,8 @@ from torchax import interop
 
 from tpu_programs import chip, moved
 
+pytestmark = pytest.mark.usefixtures("full_effort")
+
 _K, _N = 4096, 14336
 _TOKENS, _WIDTH = 8192, 4096
 

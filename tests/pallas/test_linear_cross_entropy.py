@@ -11,10 +11,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchax
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from jax._src.core import jaxprs_in_params
 from torch.nn import LinearCrossEntropyOptions
+
+from helpers import examples
 
 pytest.importorskip("torchax_ops_aten")
 from torchax_ops_aten import _logits
@@ -51,7 +53,7 @@ def _close(found, expected, dtype):
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol * max(scale, 1e-3), equal_nan=True)
 
 
-@settings(max_examples=20)
+@examples(8)
 @given(
     sizes=st.tuples(st.integers(1, 40), st.integers(1, 20), st.integers(1, 50)),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
@@ -263,6 +265,7 @@ def test_rows_that_are_divided_over_devices(jax_devices, monkeypatch):
 
 
 @pytest.mark.tpu_aot
+@pytest.mark.usefixtures("full_effort")
 def test_memory_of_a_vocabulary_on_tpu():
     """8,192 tokens, 4,096 features, 128,256 classes, bfloat16, forward and backward."""
     pytest.importorskip("libtpu")

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torchax
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+
+from helpers import examples
 
 pytest.importorskip("torchax_ops_pallas")
 from torchax_ops_pallas import reference
@@ -31,7 +33,7 @@ def _compare(function, meaning, arrays, dtype):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
 
 
-@settings(max_examples=3)
+@examples(3)
 @given(
     sizes=st.lists(st.integers(0, 150), min_size=1, max_size=4).filter(any),
     beyond=st.sampled_from([0, 3, 200]),

@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchax
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torchax import interop
+
+from helpers import examples
 
 pytest.importorskip("torchax_ops_pallas")
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
@@ -48,7 +50,7 @@ def _reference(query, key_pages, value_pages, lengths, page_indices, scale, cap)
     return torch.stack(out)
 
 
-@settings(max_examples=5)
+@examples(5)
 @given(
     sequences=st.integers(1, 3),
     heads=st.sampled_from([(2, 2), (4, 1), (8, 1), (8, 2)]),

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchax
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn.functional import ScalingType, SwizzleType
 
+from helpers import examples
 from tpu_programs import compile_for_tpu
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -44,7 +45,7 @@ def _agree(function, *args, tolerance=1e-5):
     assert (difference <= allowed * (expected.double().abs() + 0.01 * scale)).all()
 
 
-@settings(max_examples=15)
+@examples(6)
 @given(sizes=_SIZES, turned=st.booleans())
 def test_int_mm_is_exact(sizes, turned):
     m, k, n = sizes
@@ -62,7 +63,7 @@ def test_int_mm_of_the_largest_sums():
     assert found.cpu().tolist() == [[60000 * 2**14] * 2] * 2
 
 
-@settings(max_examples=15)
+@examples(6)
 @given(sizes=_SIZES, dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_weights_of_int8(sizes, dtype):
     m, k, n = sizes
@@ -84,7 +85,7 @@ def test_weights_of_int8_as_on_cpu(dtype):
     )
 
 
-@settings(max_examples=15)
+@examples(6)
 @given(
     sizes=_SIZES,
     dtypes=st.tuples(st.sampled_from(_FLOAT8), st.sampled_from(_FLOAT8)),

@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchax
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torchax import interop
+
+from helpers import examples
 
 pytest.importorskip("torchax_ops_pallas")
 from jax._src import literals
@@ -106,7 +108,7 @@ def _with_awkward(function):
 @pytest.mark.parametrize(
     ("heads", "key_heads", "window", "cap"), [((4), 2, None, None), (3, 1, 5, None), (4, 4, 1, 3.0)]
 )
-@settings(max_examples=10)
+@examples(5)
 @_with_awkward
 @given(batch=_batches())
 def test_the_meaning(heads, key_heads, window, cap, batch):
@@ -137,7 +139,7 @@ def _check_kernel(run, batch, heads, key_heads, window, cap):
 
 
 @pytest.mark.parametrize(("heads", "key_heads", "window", "cap"), [(4, 2, None, None), (8, 1, 5, 3.0)])
-@settings(max_examples=20)
+@examples(8)
 @_with_awkward
 @given(batch=_batches())
 def test_the_kernel_in_plain_operations(monkeypatch, heads, key_heads, window, cap, batch):
@@ -303,6 +305,7 @@ def test_bad_input(change, options, error, words):
         ("v6e:2x2", 4, 1, 256, 32),
     ],
 )
+@pytest.mark.usefixtures("full_effort")
 def test_the_tpu_compiler_gathers_no_pages(topology, heads, key_heads, features, size):
     pytest.importorskip("libtpu")
     operands = (
@@ -320,6 +323,7 @@ def test_the_tpu_compiler_gathers_no_pages(topology, heads, key_heads, features,
 
 
 @pytest.mark.tpu_aot
+@pytest.mark.usefixtures("full_effort")
 def test_temporary_memory_with_and_without_the_kernel():
     """The figures of docs/kernels.md: ``pytest -s`` prints them."""
     pytest.importorskip("libtpu")

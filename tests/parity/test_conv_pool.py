@@ -6,12 +6,9 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-few = settings(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
-    derandomize=True,
-)
+from helpers import examples
+
+few = settings(examples(12), suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 
 
 def compare(fn, *inputs, rtol=1e-4, atol=1e-4):

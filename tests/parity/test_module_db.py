@@ -13,7 +13,7 @@ from torchax.testing import samples
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 DTYPES = (torch.float32, torch.float64) if THOROUGH else (torch.float32,)
-PER_MODULE = None if THOROUGH else 3
+PER_MODULE = {True: None, False: None} if THOROUGH else {True: 3, False: 1}  # in training; for evaluation, few differ
 
 # what they drop is drawn at random in training: compared by shape and dtype
 DROPPING = {"AlphaDropout", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "FeatureAlphaDropout", "RReLU"}
@@ -111,7 +111,7 @@ def test_module(info, dtype, training):
     items = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training)
     items = [item for item in items if item.forward_input is not None]
     problems = []
-    for i in samples.spread(len(items), PER_MODULE):
+    for i in samples.spread(len(items), PER_MODULE[training]):
         try:
             check(info, items[i], dtype, training)
         except Exception as error:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from helpers import assert_same
+from helpers import assert_same, examples
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIGNED = [torch.int8, torch.int16, torch.int32, torch.int64]
@@ -107,7 +107,7 @@ CASTS = [
 
 
 @pytest.mark.parametrize(("source", "target"), CASTS, ids=str)
-@settings(max_examples=8)
+@examples(8)
 @given(
     values=vectors(
         st.floats(-200, 200, width=16, allow_subnormal=False) | st.sampled_from([0.0, -0.0, 127.0, -128.0, 0.99, -0.99])
