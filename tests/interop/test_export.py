@@ -61,7 +61,7 @@ def test_results_equal_torchs(dynamic, weights):
         check(exported(torchax.convert.t2j(tokens(n))), net()(tokens(n)))
     assert ("tensor<?x5xi64>" in exported.mlir_module()) == dynamic
     if not dynamic:
-        with pytest.raises(ValueError, match="shape"):
+        with pytest.raises(ValueError, match=r"for the inputs int64\[3, 5\]; it was called with int64\[4, 5\]: "):
             exported(torchax.convert.t2j(tokens(4)))
     else:
         with pytest.raises(ValueError, match="<= 64|64"):
@@ -117,6 +117,68 @@ def test_saved_programs_run_without_torch_and_on_every_platform(tmp_path):
     again = torchax.export.load(tmp_path / "net")
     assert again.platforms == ("cpu", "cuda", "tpu") and again.weights.keys() == exported.weights.keys()
     torch.testing.assert_close(again(tokens(6))["y"].cpu(), want)
+    assert repr(again).startswith("<Exported for cpu, cuda, tpu: inputs int64[")
+
+
+def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
+    first, second = (torchax.export.export(nn.Linear(2, n), (torch.ones(1, 2),)) for n in (3, 4))
+    first.save(tmp_path / "model")
+
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("safetensors.flax.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        second.save(tmp_path / "model")
+    assert torchax.export.load(tmp_path / "model")(torch.ones(1, 2)).shape == (1, 3)
+    assert len(list((tmp_path / "model").iterdir())) == 3
+    with pytest.raises(torchax.errors.CheckpointError, match="is a file"):
+        second.save(tmp_path / "model" / "about.json")
+
+
+def test_sizes_without_bounds():
+    class Joined(nn.Module):
+        def forward(self, x, y):
+            return torch.cat([x, y]).reshape(-1, 2, 4).mean(0)
+
+    batch = torch.export.Dim("batch")
+    given = (torch.randn(4, 8), torch.randn(4, 8))
+    exported = torchax.export.export(Joined(), given, dynamic_shapes=({0: batch}, {0: batch}))
+    assert len(exported.inputs) == 2 and exported.inputs[0] == exported.inputs[1] != "float32[4, 8]"
+    x, y = torch.randn(700, 8), torch.randn(700, 8)
+    torch.testing.assert_close(exported(x, y).cpu(), Joined()(x, y), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"called with float32\[6, 8\], float32\[5, 8\]: .*inconsistency"):
+        exported(x[:6], y[:5])
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((8,), 2.0))
+
+    def forward(self, x):
+        x = torch.cond(x.sum() > 0, lambda x: x * self.weight + torch.arange(8), lambda x: x - 1, (x,))
+        _, x = torch.while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, x * 1.5), (torch.tensor(0), x))
+        carry, ys = torch._higher_order_ops.scan(lambda c, x: (c + x, c * self.weight), x[0], x)
+        return carry, ys
+
+
+def test_control_flow_is_xlas():
+    model, x = Branches(), torch.randn(4, 8)
+    with torch.no_grad():
+        exported = torchax.export.export(torch.export.export(model, (x,)))
+        for given in (x.abs(), -x.abs()):
+            for got, want in zip(exported(given), model(given), strict=True):
+                torch.testing.assert_close(got.cpu(), want)
+    assert "stablehlo.case" in exported.mlir_module() and "stablehlo.while" in exported.mlir_module()
+
+    class Sign(nn.Module):
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+
+    rows = torch.export.Dim("rows", min=2, max=64)
+    with pytest.raises(torchax.errors.LoweringError, match=r"cond .* export the program for fixed shapes"):
+        torchax.export.export(Sign(), (x,), dynamic_shapes=({0: rows},))
 
 
 class Attention(nn.Module):
@@ -144,6 +206,15 @@ def test_what_cannot_be_exported_says_so(tmp_path):
         torchax.export.exported_program_to_stablehlo(net())
     with pytest.raises(TypeError, match="example inputs"):
         torchax.export.export(net())
+    with pytest.raises(TypeError, match="tuple of example inputs.* got Tensor"):
+        torchax.export.export(net(), tokens(3))
+    with pytest.raises(TypeError, match="takes a torch.nn.Module or an ExportedProgram; got function"):
+        torchax.export.export(lambda x: x, (tokens(3),))
+    for platforms in ("tpu", ("cpu", "gpux")):
+        with pytest.raises(ValueError, match="out of cpu, cuda, rocm, tpu, as in platforms="):
+            torchax.export.export(program(False), platforms=platforms)
+    with pytest.raises(torchax.errors.CheckpointError, match="it does not exist"):
+        torchax.export.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="'separate' or 'inside'"):
         torchax.export.export(program(False), weights="both")
     with pytest.raises(torchax.errors.CheckpointError, match="holds no exported program"):

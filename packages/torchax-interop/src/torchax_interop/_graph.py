@@ -48,6 +48,10 @@ class ArrayInterpreter(torch.fx.Interpreter):
                     f"{n.target} cannot be exported with dimensions of unknown size: {type(error).__name__}: {error}. "
                     "Export it for fixed shapes, or rewrite that part of the model"
                 ) from error
+        if n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator):
+            raise errors.LoweringError(
+                f"{n.target} cannot be exported with dimensions of unknown size; export the program for fixed shapes"
+            )
         return super().run_node(n)
 
     def _run(self, n: torch.fx.Node, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -192,7 +196,7 @@ _ASSERTIONS = ("aten::_assert", "aten::sym_constrain", "aten::_functional_assert
 
 
 def without_assertions(graph_module: torch.fx.GraphModule, device: torch.device | None = None) -> torch.fx.GraphModule:
-    """A copy of the graph without checks of sizes; factories in it name `device`."""
+    """A copy of the graph, and of those in it, without checks of sizes; factories name `device`."""
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
     for node in list(graph.nodes):
@@ -202,7 +206,11 @@ def without_assertions(graph_module: torch.fx.GraphModule, device: torch.device 
         elif device is not None and node.op == "call_function" and node.kwargs.get("device") is not None:
             node.kwargs = {**node.kwargs, "device": device}
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
-    return torch.fx.GraphModule(graph_module, graph)
+    clean = torch.fx.GraphModule(graph_module, graph)
+    for name, branch in clean.named_children():  # of torch.cond, bodies of loops
+        if isinstance(branch, torch.fx.GraphModule):
+            setattr(clean, name, without_assertions(branch, device))
+    return clean
 
 
 def taken_apart(program: Any, run: Callable[[Any], Any]) -> Any:

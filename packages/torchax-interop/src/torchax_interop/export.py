@@ -20,13 +20,16 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torchax import convert, dtypes, errors
 from torchax.tensor import Tensor
 
+from . import control_flow
 from ._enter import enter, to_array
 from ._graph import ArrayInterpreter, taken_apart, without_assertions
 from ._tree import tree_map
+from .checkpoint import _atomic
 from .views import torch_view
 
 Weights = dict[str, jax.Array]
-_PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}  # JAX's names, that registries of operators do not tell apart
+_KNOWN = ("cpu", "cuda", "rocm", "tpu")
+_FAMILY = {"cuda": "gpu", "rocm": "gpu"}  # JAX's names, that registries of operators do not tell apart
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _PROGRAM, _WEIGHTS, _ABOUT = "program.jaxexport", "weights.safetensors", "about.json"
 
@@ -124,10 +127,38 @@ def _user_outputs(program: ExportedProgram, out: Any) -> Any:
     return found if spec is None else tree_unflatten(found, spec)
 
 
+def _while_loop(test: Any, body: Any, carried: Any, fixed: Any) -> Any:
+    return control_flow.while_loop(lambda *x: test(*x, *fixed), lambda *x: body(*x, *fixed), carried)
+
+
+def _scan(combine: Any, init: Any, xs: Any, fixed: Any) -> Any:
+    def step(carry: Any, x: Any) -> Any:
+        found = combine(*carry, *x, *fixed)
+        return list(found[: len(carry)]), list(found[len(carry) :])
+
+    carry, ys = control_flow.scan(step, list(init), list(xs))
+    return [*carry, *ys]
+
+
+# in a graph, operands and results of control flow are lists of tensors
+_CONTROL_FLOW: dict[Any, Callable[..., Any]] = {
+    torch.ops.higher_order.cond: control_flow.cond,
+    torch.ops.higher_order.while_loop: _while_loop,
+    torch.ops.higher_order.scan: _scan,
+}
+
+
+class _Interpreter(torch.fx.Interpreter):
+    """Evaluates a graph on tensors; control flow becomes XLA's."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_function(_CONTROL_FLOW.get(target, target), args, kwargs)
+
+
 def _run_graph(graph: torch.fx.GraphModule, program: ExportedProgram, inputs: tuple[Any, ...]) -> Any:
     """The graph on tensors; says what it updates in vain."""
     before = [t._s.version if type(t) is Tensor else None for t in inputs], [_payload(t) for t in inputs]
-    out = torch.fx.Interpreter(graph).run(*inputs, enable_io_processing=False)
+    out = _Interpreter(graph).run(*inputs, enable_io_processing=False)
     specs = program.graph_signature.input_specs
     changed = [
         s.target or "an input"
@@ -149,7 +180,7 @@ def _payload(t: Any) -> Any:
 
 
 # ---------------------------------------------------------------------- to StableHLO
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Exported:
     """A program in StableHLO with its calling convention, and its weights.
 
@@ -162,13 +193,33 @@ class Exported:
     weights: Weights | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it with tensors (gives tensors) or `jax.Array`s (gives those)."""
+        """Run it with tensors (gives tensors) or `jax.Array`s (gives those).
+
+        Raises:
+            ValueError: other inputs than it was exported for.
+        """
         leaves = tree_flatten((args, kwargs))[0]
         arrays, named = tree_map(to_array, args), tree_map(to_array, kwargs)
         with jax.enable_x64(True):
             given = arrays if self.weights is None else (self.weights, *arrays)
-            out = self.program.call(*given, **named)
+            try:
+                out = self.program.call(*given, **named)
+            except ValueError as error:  # JAX counts the weights as the first argument
+                found = [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves((arrays, named)) if hasattr(a, "dtype")]
+                raise ValueError(
+                    f"the program was exported for the inputs {', '.join(self.inputs) or 'none'}; it was called with "
+                    f"{', '.join(found) or 'none'}: {str(error).splitlines()[0]}"
+                ) from error
         return torch_view(out) if any(isinstance(x, torch.Tensor) for x in leaves) else out
+
+    def __repr__(self) -> str:
+        weights = "weights inside" if self.weights is None else f"{len(self.weights)} weights"
+        return f"<Exported for {', '.join(self.platforms)}: inputs {', '.join(self.inputs) or 'none'}; {weights}>"
+
+    @property
+    def inputs(self) -> list[str]:
+        """Dtype and shape of each input, symbols where sizes are free; the weights are not among them."""
+        return [f"{a.dtype}{list(a.shape)}" for a in self.program.in_avals[len(self.weights or ()) :]]
 
     def mlir_module(self) -> str:
         """The StableHLO text."""
@@ -204,15 +255,26 @@ def export(
         platforms: those that the program runs on, out of ``cpu``, ``cuda``, ``rocm``, ``tpu``; this machine's if None.
 
     Raises:
+        TypeError: neither a module with a tuple of example inputs nor an exported program.
+        ValueError: another value of `weights`, an unknown platform.
         LoweringError, OperatorNotFound: an op cannot be exported with dimensions of unknown size.
     """
     if weights not in ("separate", "inside"):
         raise ValueError(f"weights is 'separate' or 'inside'; got {weights!r}")
     if not isinstance(model, ExportedProgram):
-        if args is None:
-            raise TypeError("exporting a module takes example inputs: export(model, (x,))")
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"export takes a torch.nn.Module or an ExportedProgram; got {type(model).__name__}")
+        if not isinstance(args, (tuple, list)):
+            raise TypeError(
+                "exporting a module takes a tuple of example inputs, export(model, (x,)); got "
+                f"{'none' if args is None else type(args).__name__}"
+            )
         model, args, kwargs = _on_cpu(model), tuple(tree_map(_host, args)), tree_map(_host, kwargs or {})
         model = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    if isinstance(platforms, str) or not set(platforms or ()) <= set(_KNOWN):
+        raise ValueError(
+            f"platforms is a sequence of names out of {', '.join(_KNOWN)}, as in platforms=('cpu', 'tpu'); got {platforms!r}"
+        )
     state, fn = exported_program_to_jax(model)
     specs, named = _input_specs(model)
     chosen = None if platforms is None else tuple(platforms)
@@ -227,7 +289,7 @@ def export(
 
 def _lowerings_of(platforms: tuple[str, ...] | None) -> str:
     """The platform whose lowerings a program for `platforms` gets: with several, those that serve every platform."""
-    names = {jax.default_backend()} if platforms is None else {_PLATFORMS.get(p, p) for p in platforms}
+    names = {jax.default_backend()} if platforms is None else {_FAMILY.get(p, p) for p in platforms}
     return names.pop() if len(names) == 1 else convert.EVERY_PLATFORM
 
 
@@ -279,9 +341,9 @@ def _constraints(program: ExportedProgram) -> list[str]:
     found = []
     for symbol, bounds in program.range_constraints.items():
         lower, upper = bounds.lower, bounds.upper
-        if lower.is_number and int(lower) > 1:
+        if lower.is_Integer and int(lower) > 1:
             found.append(f"{symbol} >= {int(lower)}")
-        if upper.is_number and upper.is_finite and int(upper) < 2**31:
+        if upper.is_Integer and int(upper) < 2**31:  # torch's own infinity is a number, too
             found.append(f"{symbol} <= {int(upper)}")
     return found
 
@@ -290,27 +352,40 @@ def _constraints(program: ExportedProgram) -> list[str]:
 def save(exported: Exported, path: Any) -> None:
     """Write a program into a folder: the StableHLO with its calling convention, and the weights as safetensors.
 
+    All files are written before the first takes the place of one that is there.
+
     Raises:
         TypeError: not what `export` gives.
+        CheckpointError: `path` is a file.
     """
     if not isinstance(exported, Exported):
         raise TypeError(f"save takes what torchax.export.export gives; got {type(exported).__name__}")
     from safetensors.flax import save_file
 
     folder = pathlib.Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise errors.CheckpointError(f"an exported program is saved as a folder; {folder} is a file")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _PROGRAM).write_bytes(exported.program.serialize())
-    if exported.weights is not None:
-        save_file(exported.weights, folder / _WEIGHTS)
-    elif (folder / _WEIGHTS).exists():
-        (folder / _WEIGHTS).unlink()
     about = {
         "platforms": list(exported.program.platforms),
         "weights": None if exported.weights is None else _WEIGHTS,
-        "inputs": [str(a) for a in exported.program.in_avals[len(exported.weights or ()) :]],
-        "outputs": [str(a) for a in exported.program.out_avals],
+        "inputs": exported.inputs,
+        "outputs": [f"{a.dtype}{list(a.shape)}" for a in exported.program.out_avals],
     }
-    (folder / _ABOUT).write_text(json.dumps(about, indent=1))
+    weights = exported.weights
+    _atomic.write_files(
+        {
+            folder / _PROGRAM: lambda draft: _write(draft, exported.program.serialize()),
+            **({} if weights is None else {folder / _WEIGHTS: lambda draft: save_file(weights, draft)}),
+            folder / _ABOUT: lambda draft: _write(draft, json.dumps(about, indent=1).encode()),
+        }
+    )
+    if weights is None:
+        (folder / _WEIGHTS).unlink(missing_ok=True)
+
+
+def _write(file: pathlib.Path, content: bytes) -> None:
+    file.write_bytes(content)
 
 
 def load(path: Any) -> Exported:
@@ -322,6 +397,10 @@ def load(path: Any) -> Exported:
     from safetensors.flax import load_file
 
     folder = pathlib.Path(path)
+    if not folder.is_dir():
+        raise errors.CheckpointError(
+            f"{folder} holds no exported program: {'a folder is expected' if folder.exists() else 'it does not exist'}"
+        )
     try:
         program = jax.export.deserialize(bytearray((folder / _PROGRAM).read_bytes()))
         about = json.loads((folder / _ABOUT).read_text())

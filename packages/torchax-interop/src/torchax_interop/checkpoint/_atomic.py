@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import pathlib
 import re
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 _numbers = itertools.count()
 _HOST = re.sub(r"\W", "_", socket.gethostname())
@@ -22,15 +21,23 @@ def draft(target: pathlib.Path) -> pathlib.Path:
 
 def write_file(target: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
     """Write a file: `write` makes it under another name, then it takes the place of the old one."""
-    temporary = draft(target)
+    write_files({target: write})
+
+
+def write_files(writes: Mapping[pathlib.Path, Callable[[pathlib.Path], None]]) -> None:
+    """Write files that belong together: all are made under other names before the first takes its place."""
+    drafts = {target: draft(target) for target in writes}
     try:
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, target)
+        for target, write in writes.items():
+            write(drafts[target])
+            sync(drafts[target])
+        for target, temporary in drafts.items():
+            os.replace(temporary, target)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-    sync(target.parent)
+        for temporary in drafts.values():
+            temporary.unlink(missing_ok=True)
+    for folder in {target.parent for target in writes}:
+        sync(folder)
 
 
 def replace_folder(new: pathlib.Path, target: pathlib.Path) -> None:
