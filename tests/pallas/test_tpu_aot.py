@@ -108,7 +108,9 @@ def test_a_divided_train_step_of_a_llama_block_uses_the_kernels():
     assert text.count("tpu_custom_call") == 3  # forward, dq, dk and dv
     assert "bf16[1,4,8192,128]" in text  # one sequence of two, four heads of eight
     assert "all-to-all" not in text
-    assert program.memory_analysis().temp_size_in_bytes < 0.4 * 4 * 8192**2 * 2  # the scores of 4 heads
+    assert (
+        program.memory_analysis().temp_size_in_bytes < 0.6 * 4 * 8192**2 * 2
+    )  # less than the scores of 4 heads, kept once
 
 
 def test_a_kernel_that_exceeds_the_vector_memory_is_refused():
