@@ -141,7 +141,7 @@ def _scan(combine: Any, init: Any, xs: Any, fixed: Any) -> Any:
 
 
 # in a graph, operands and results of control flow are lists of tensors
-_CONTROL_FLOW: dict[Any, Callable[..., Any]] = {
+_CONTROL_FLOW: dict[Any, Any] = {
     torch.ops.higher_order.cond: control_flow.cond,
     torch.ops.higher_order.while_loop: _while_loop,
     torch.ops.higher_order.scan: _scan,
@@ -384,7 +384,7 @@ def save(exported: Exported, path: Any) -> None:
         (folder / _WEIGHTS).unlink(missing_ok=True)
 
 
-def _write(file: pathlib.Path, content: bytes) -> None:
+def _write(file: pathlib.Path, content: bytes | bytearray) -> None:
     file.write_bytes(content)
 
 
