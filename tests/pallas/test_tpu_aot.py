@@ -81,6 +81,7 @@ def test_a_llama_block_of_8k_tokens_uses_the_kernel():
     assert program.memory_analysis().temp_size_in_bytes < 0.25 * 8 * 8192**2 * 2  # the scores of 8 heads
 
 
+@pytest.mark.usefixtures("full_effort")
 def test_a_divided_train_step_of_a_llama_block_uses_the_kernels():
     import torchax
 
@@ -108,9 +109,7 @@ def test_a_divided_train_step_of_a_llama_block_uses_the_kernels():
     assert text.count("tpu_custom_call") == 3  # forward, dq, dk and dv
     assert "bf16[1,4,8192,128]" in text  # one sequence of two, four heads of eight
     assert "all-to-all" not in text
-    assert (
-        program.memory_analysis().temp_size_in_bytes < 0.6 * 4 * 8192**2 * 2
-    )  # less than the scores of 4 heads, kept once
+    assert program.memory_analysis().temp_size_in_bytes < 0.4 * 4 * 8192**2 * 2  # the scores of 4 heads
 
 
 def test_a_kernel_that_exceeds_the_vector_memory_is_refused():

@@ -20,11 +20,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torchax import convert, dtypes, errors
 from torchax.tensor import Tensor
 
-from . import control_flow
+from . import _atomic, control_flow
 from ._enter import enter, to_array
 from ._graph import ArrayInterpreter, taken_apart, without_assertions
 from ._tree import tree_map
-from .checkpoint import _atomic
 from .views import torch_view
 
 Weights = dict[str, jax.Array]
@@ -48,10 +47,7 @@ def exported_program_to_jax(program: ExportedProgram) -> tuple[Weights, Callable
     Raises:
         TypeError: not an exported program.
     """
-    if not isinstance(program, ExportedProgram):
-        raise TypeError(
-            f"expected a torch.export.ExportedProgram, as torch.export.export(model, args) gives it; got {type(program).__name__}"
-        )
+    _require_exported(program)
     weights = {name: to_array(t.detach()) for name, t in _state_of(program).items()}
     prepared: list[torch.fx.GraphModule] = []
 
@@ -67,6 +63,13 @@ def exported_program_to_jax(program: ExportedProgram) -> tuple[Weights, Callable
         return _user_outputs(program, out)
 
     return weights, fn
+
+
+def _require_exported(program: Any) -> None:
+    if not isinstance(program, ExportedProgram):
+        raise TypeError(
+            f"expected a torch.export.ExportedProgram, as torch.export.export(model, args) gives it; got {type(program).__name__}"
+        )
 
 
 def _evaluate(program: ExportedProgram, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -205,7 +208,7 @@ class Exported:
             try:
                 out = self.program.call(*given, **named)
             except ValueError as error:  # JAX counts the weights as the first argument
-                found = [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves((arrays, named)) if hasattr(a, "dtype")]
+                found = [_words(a) for a in jax.tree.leaves((arrays, named)) if hasattr(a, "dtype")]
                 raise ValueError(
                     f"the program was exported for the inputs {', '.join(self.inputs) or 'none'}; it was called with "
                     f"{', '.join(found) or 'none'}: {str(error).splitlines()[0]}"
@@ -219,7 +222,7 @@ class Exported:
     @property
     def inputs(self) -> list[str]:
         """Dtype and shape of each input, symbols where sizes are free; the weights are not among them."""
-        return [f"{a.dtype}{list(a.shape)}" for a in self.program.in_avals[len(self.weights or ()) :]]
+        return [_words(a) for a in self.program.in_avals[len(self.weights or ()) :]]
 
     def mlir_module(self) -> str:
         """The StableHLO text."""
@@ -233,6 +236,10 @@ class Exported:
     def save(self, path: Any) -> None:
         """See `save`."""
         save(self, path)
+
+
+def _words(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}"
 
 
 def export(
@@ -297,10 +304,7 @@ def exported_program_to_stablehlo(
     program: ExportedProgram, *, platforms: Sequence[str] | None = None
 ) -> tuple[Weights, jax.export.Exported]:
     """``(weights, stablehlo)`` of an exported program; ``stablehlo.call(weights, *inputs)`` runs it, ``.mlir_module()`` prints it."""
-    if not isinstance(program, ExportedProgram):
-        raise TypeError(
-            f"expected a torch.export.ExportedProgram, as torch.export.export(model, args) gives it; got {type(program).__name__}"
-        )
+    _require_exported(program)
     done = export(program, platforms=platforms)
     assert done.weights is not None
     return done.weights, done.program
@@ -370,22 +374,18 @@ def save(exported: Exported, path: Any) -> None:
         "platforms": list(exported.program.platforms),
         "weights": None if exported.weights is None else _WEIGHTS,
         "inputs": exported.inputs,
-        "outputs": [f"{a.dtype}{list(a.shape)}" for a in exported.program.out_avals],
+        "outputs": [_words(a) for a in exported.program.out_avals],
     }
     weights = exported.weights
     _atomic.write_files(
         {
-            folder / _PROGRAM: lambda draft: _write(draft, exported.program.serialize()),
+            folder / _PROGRAM: lambda draft: draft.write_bytes(exported.program.serialize()),
             **({} if weights is None else {folder / _WEIGHTS: lambda draft: save_file(weights, draft)}),
-            folder / _ABOUT: lambda draft: _write(draft, json.dumps(about, indent=1).encode()),
+            folder / _ABOUT: lambda draft: draft.write_text(json.dumps(about, indent=1)),
         }
     )
     if weights is None:
         (folder / _WEIGHTS).unlink(missing_ok=True)
-
-
-def _write(file: pathlib.Path, content: bytes | bytearray) -> None:
-    file.write_bytes(content)
 
 
 def load(path: Any) -> Exported:

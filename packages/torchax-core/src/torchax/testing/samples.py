@@ -15,7 +15,6 @@ import torch.utils._pytree as pytree
 from .drafts import Draft
 
 SEED = 20240
-_OPINFO_SEED = 1234  # of torch.testing._internal.common_utils, importing which parses the command line
 UPCAST = {
     torch.bfloat16: torch.float64,
     torch.float16: torch.float64,
@@ -114,11 +113,13 @@ def drawn(make: Callable[..., Iterable[Any]], *args: Any) -> Iterator[Any]:
     The items are those of ``OpInfo.sample_inputs`` and ``error_inputs``, which seed absent accelerators as well: each of these keeps
     the traceback of the call, and that takes longer than all else.
     """
+    from torch.testing._internal import common_utils  # loaded already where there are OpInfos
+
     items = iter(make(*args))
     while True:
-        torch.default_generator.manual_seed(_OPINFO_SEED)
-        random.seed(_OPINFO_SEED)
-        numpy.random.seed(_OPINFO_SEED)
+        torch.default_generator.manual_seed(common_utils.SEED)
+        random.seed(common_utils.SEED)
+        numpy.random.seed(common_utils.SEED)
         try:
             item = next(items)
         except StopIteration:

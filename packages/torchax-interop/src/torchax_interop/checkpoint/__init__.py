@@ -20,8 +20,9 @@ from jax.core import Tracer
 from torchax import convert
 from torchax.errors import CheckpointError
 
-from . import _atomic, _folder, _pt, _safetensors
-from ._nest import Leaf, describe, fit, leaves, replace
+from .. import _atomic
+from . import _folder, _pt, _safetensors
+from ._nest import Leaf, describe, fit, leaves, listed, replace
 from ._read import Reader, Shardings, check_shardings, finish, place_of
 from ._saving import Saving, settle
 
@@ -140,9 +141,8 @@ class LazyCheckpoint(Mapping[str, Any]):
         return len(self._leaves)
 
     def __repr__(self) -> str:
-        listed = [f"{name}: {tuple(self.shapes[name])} {self.dtypes[name]}" for name in itertools.islice(self, 8)]
-        more = [f"... and {len(self) - 8} more"] if len(self) > 8 else []
-        return "\n  ".join([f"<LazyCheckpoint {self._reader.source}, {len(self)} tensors", *listed, *more]) + ">"
+        tensors = [f"{name}: {tuple(self.shapes[name])} {self.dtypes[name]}" for name in self]
+        return listed([f"<LazyCheckpoint {self._reader.source}, {len(self)} tensors", *tensors], "\n  ", most=9) + ">"
 
     def close(self) -> None:
         """Give the files back."""

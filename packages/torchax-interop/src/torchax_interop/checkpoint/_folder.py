@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import torch
 from torchax import convert, dtypes
 
-from ._nest import Leaf, rebuild
+from ._nest import Leaf, listed, rebuild
 from ._read import Place, Reader, check, reading
 
 _VERSION = 1
@@ -63,8 +63,7 @@ class FolderReader(Reader):
         with reading(source), quiet():
             if not (self._path / "tree").is_dir():
                 names = sorted(entry.name for entry in self._path.iterdir())
-                listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-                holds = f"it holds {listed}" if names else "it is empty"
+                holds = f"it holds {listed(names, most=5)}" if names else "it is empty"
                 raise ValueError(f"no folder that save_checkpoint wrote, and no model.safetensors is in it: {holds}")
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                 found = checkpointer.restore(self._path, args=ocp.args.Composite(tree=ocp.args.JsonRestore()))

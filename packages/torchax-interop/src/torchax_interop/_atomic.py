@@ -19,12 +19,12 @@ def draft(target: pathlib.Path) -> pathlib.Path:
     return target.with_name(f".{target.name}.draft-{_HOST}-{os.getpid()}-{next(_numbers)}")
 
 
-def write_file(target: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
+def write_file(target: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
     """Write a file: `write` makes it under another name, then it takes the place of the old one."""
     write_files({target: write})
 
 
-def write_files(writes: Mapping[pathlib.Path, Callable[[pathlib.Path], None]]) -> None:
+def write_files(writes: Mapping[pathlib.Path, Callable[[pathlib.Path], object]]) -> None:
     """Write files that belong together: all are made under other names before the first takes its place."""
     drafts = {target: draft(target) for target in writes}
     try:
