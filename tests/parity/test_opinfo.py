@@ -9,7 +9,8 @@ import zlib
 
 import jax
 import pytest
-from torchax.testing import cases
+import torch
+from torchax.testing import cases, samples
 from torchax.testing.engine import run_case
 
 from opinfo import known
@@ -68,6 +69,18 @@ def test_op(op, record_property):
     if _done % 50 == 0:
         jax.clear_caches()  # thousands of loaded programs are gigabytes
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", ["addmm", "stft"])
+def test_samples_are_those_that_opinfo_gives(name):
+    (op,) = cases.matching(name)
+    want = [samples.of(s) for s in op.sample_inputs("cpu", torch.float32)]
+    got = samples.generate(op, torch.float32)
+    assert len(got) == len(want)
+    for g, w in zip(got, want, strict=True):
+        assert len(g.args) == len(w.args) and g.kwargs.keys() == w.kwargs.keys()
+        for a, b in zip(g.tensors(), w.tensors(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_every_known_difference_names_a_case():
