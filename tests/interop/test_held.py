@@ -308,3 +308,67 @@ def test_requires_grad_that_changes_between_calls(change):
     leaves = [t for t in (x, p, w) if t.requires_grad] if w.is_leaf else [x]
     grads = [torch.autograd.grad(y.sum(), leaves) for y in (got, want)]
     assert [g.tolist() for g in grads[0]] == [g.tolist() for g in grads[1]]
+
+
+def _trained(device, steps, between, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def step(x):
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    run = torchax.compile(step, **options) if device == "jax" else step
+    x = torch.linspace(-1, 1, 12).view(3, 4).to(device)
+    seen = []
+    for i in range(steps):
+        loss = run(x)
+        if i in between:
+            seen.append(loss.item())
+            seen += [p.grad.sum().item() for p in model.parameters()]
+            between[i](model)
+    return [*seen, *[p.grad.tolist() for p in model.parameters()], *[p.tolist() for p in model.parameters()]], model, run, x
+
+
+def _cleared(model):
+    for p in model.parameters():
+        p.grad = None
+
+
+def _doubled(model):
+    for p in model.parameters():
+        p.grad.mul_(2)
+
+
+def _replaced(model):
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+
+
+def _swapped(model):
+    model[0].weight.grad = model[0].weight.grad.clone()
+    model[2].weight.requires_grad_(False).requires_grad_(True)
+
+
+@pytest.mark.parametrize("between", [lambda m: None, _cleared, _doubled, _replaced, _swapped])
+def test_gradients_written_over_the_last_ones(between):
+    when = {3: between, 5: between, 6: between}
+    expected, *_ = _trained("cpu", 9, when)
+    found, *_ = _trained("jax", 9, when)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("donate", [True, False])
+def test_gradients_are_held_once(donate):
+    *_, model, run, x = _trained("jax", 4, {}, donate_state=donate)
+    size = sum(p.numel() * 4 for p in model.parameters())
+    memory = run.lower(x).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == (3 * size if donate else 0)  # parameters, momentum, gradients
+    last = [p.grad.jax() for p in model.parameters()]
+    run(x)
+    assert [a.is_deleted() for a in last] == [donate] * 4

@@ -38,8 +38,8 @@ class AotCompiled:
         fits: the compiler found room for the program, and there is room for what is held besides.
         hbm_bytes: memory of a chip.
         state_bytes: parameters, buffers, the optimizer's state, and gradients that stay between calls.
-        held_bytes: of the state, what the program does not read but what is there while it runs: parameters that it does not use, and
-            gradients of the step before, which `zero_grad` at a step's beginning lets go only when the new ones are there.
+        held_bytes: of the state, what the program neither reads nor overwrites but what is there while it runs: parameters that it does
+            not use.
         argument_bytes: everything that the program reads: state, arguments, random state. This and all that follows is None
             where the compiler found no room.
         output_bytes: results, those that overwrite arguments included.
@@ -138,9 +138,9 @@ def measured(
     return dataclasses.replace(
         found,
         fits=False,
-        problem=f"the compiler found room for the program, but {held_bytes} bytes that it does not read are held while it runs, "
-        f"gradients of the step before or unused parameters; {excess} bytes are missing",
-        advice=("call zero_grad() at the end of the step, not at its beginning: no gradients stay between steps",),
+        problem=f"the compiler found room for the program, but {held_bytes} bytes of state that it does not use are held while it runs; "
+        f"{excess} bytes are missing",
+        advice=("keep parameters that the step does not use elsewhere: on the host, or out of the model",),
     )
 
 

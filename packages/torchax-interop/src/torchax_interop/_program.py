@@ -24,6 +24,7 @@ from ._groups import dense
 from ._guards import Guards, plain_attributes
 from ._held import Held
 from ._layout import is_source, laid_out, output_layout, settle_source
+from ._spares import shape_of, spares_of, values_of, zeros_like
 from ._split import split
 from ._tree import Known, unflatten
 
@@ -44,6 +45,7 @@ class Program:
         tensors: parameters that it uses.
         mesh: the devices that it runs on, where they are several.
         sources: states of random numbers that it uses.
+        spares: gradients that it makes anew, with their parameters: it writes over the last ones.
     """
 
     mesh: Any
@@ -103,14 +105,11 @@ class Program:
             elif id(const) in storage_of:
                 captures.append((storage_of[id(const)], var))
         n_explicit = len(recorder.explicit)
-        captures += zip(recorder.explicit, jaxpr.invars[:n_explicit], strict=True)
+        used = {id(v) for v in jaxpr.outvars}.union(*({id(v) for v in eqn.invars} for eqn in jaxpr.eqns))
+        captures += [(s, v) for s, v in zip(recorder.explicit, jaxpr.invars, strict=False) if id(v) in used]
         place = {s: i for i, s in enumerate(self.lasting)}
         captures.sort(key=lambda pair: place.get(pair[0], len(place)))  # those that are held first, see `_arrays`
         self.storages, inputs = [s for s, _ in captures], [var for _, var in captures]
-        held = [place[s] for s in self.storages if s in place]
-        n_held = len(held)
-        self.held_inputs: Any = slice(n_held) if held == list(range(n_held)) else held
-        self.state, self.others = self.storages[:n_held], self.storages[n_held:]
         captured = len(inputs)
         for var, const in zip(jaxpr.constvars, closed.consts, strict=True):
             if id(const) in cotangent_of or id(const) in storage_of:
@@ -121,6 +120,12 @@ class Program:
             else:
                 embedded[var] = const
         n_constants = len(inputs) - captured
+        layout = output_layout(self, recorder)
+        self.spares = spares_of(self, recorder)
+        n_held = sum(s in place for s in self.storages)
+        self.state, self.others = self.storages[:n_held], self.storages[n_held:]
+        held = [place[s] for s in (*self.state, *(s for s, _ in self.spares))]
+        self.held_inputs: Any = slice(len(held)) if held == list(range(len(held))) else held
         self.guards.watch_layout(self.storages)
         inputs += jaxpr.invars[n_explicit:]
         written = set(self.written)
@@ -138,14 +143,14 @@ class Program:
         # what is held is one argument, of whose arrays all are overwritten: JAX takes a list faster than many arguments
         nested = lambda i: max(i - n_held + 1, 0)
         self.donated_arguments = list(map(nested, self.donated_arguments))
-        donated = sorted(set(map(nested, donated)))
+        donated = sorted({*map(nested, donated), *([0] if self.spares else [])})
         jit = recorder.options.jit
-        layout = output_layout(self, recorder)
         flat = _Flat(jaxpr, embedded)
         if not recorder.differentiable:
             self.halves = None
             pinned = laid_out(layout, len(jaxpr.outvars))
-            self._run = jax.jit(flat.function(inputs, jaxpr.outvars), donate_argnums=donated, **pinned, **jit)
+            run = flat.function(inputs, jaxpr.outvars, n_held)
+            self._run = jax.jit(run, donate_argnums=donated, keep_unused=bool(self.spares), **pinned, **jit)
             return
         n = sum(self.counts)
         variables = [*inputs, *embedded]
@@ -192,7 +197,7 @@ class Program:
     def lower(self, leaves: list[Any]) -> jax.stages.Lowered:
         """Its XLA program for these arguments, not run."""
         with jax.enable_x64(True):
-            return self._run.lower(*self._arrays(leaves))
+            return self._run.lower(*self._arrays(leaves, shape_of))
 
     def lower_for(
         self, leaves: list[Any], platform: str, sharding: Any
@@ -207,17 +212,14 @@ class Program:
             else jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding)
         )
         with jax.enable_x64(True):
-            traced = self._run.trace(*jax.tree.map(abstract, self._arrays(leaves)))
-        jaxpr = traced.jaxpr.jaxpr
-        used = {id(v) for v in jaxpr.outvars}.union(*({id(v) for v in eqn.invars} for eqn in jaxpr.eqns))
-        read = {s for s, v in zip(self.storages, jaxpr.invars, strict=False) if id(v) in used}
-        with jax.enable_x64(True):
-            return traced.lower(lowering_platforms=(platform,)), jaxpr, read
+            traced = self._run.trace(*jax.tree.map(abstract, self._arrays(leaves, shape_of)))
+            lowered = traced.lower(lowering_platforms=(platform,))
+        return lowered, traced.jaxpr.jaxpr, {*self.storages, *(s for s, _ in self.spares)}
 
     def rehearse(self, leaves: list[Any]) -> None:
         """As `execute`, of tensors without values: what stays after the call gets a shape, a dtype and a layout."""
         with jax.enable_x64(True):
-            outs = self._run.eval_shape(*self._arrays(leaves))
+            outs = self._run.eval_shape(*self._arrays(leaves, shape_of))
         begin = self.counts[0] + self.counts[1]
         for storage, value in zip(self.survivors, outs[begin : begin + self.counts[2]], strict=True):
             storage.value = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=storage.sharding)
@@ -225,8 +227,11 @@ class Program:
         for t, grad in self.set_grads:
             t.grad = grad
 
-    def _arrays(self, leaves: list[Any]) -> list[Any]:
-        """The arguments of the XLA program, of which the first is a list of what it holds between calls."""
+    def _arrays(self, leaves: list[Any], spare: Callable[[Any], Any] = zeros_like) -> list[Any]:
+        """The arguments of the XLA program, of which the first is a list of what it holds between calls.
+
+        A gradient that no call has left yet is what `spare` makes of its parameter's payload.
+        """
         for number in self.numbers:
             if number.group[number.name] is not number.seen:
                 number.refresh()
@@ -235,6 +240,7 @@ class Program:
         held, chosen = self.held.arrays, self.held_inputs
         if held is None:
             arrays: list[Any] = [[s.value for s in self.state]]
+            arrays[0] += values_of(self.spares, spare)
         else:
             arrays = [held[chosen] if type(chosen) is slice else [held[i] for i in chosen]]
         arrays += [s.value for s in self.others]
@@ -358,12 +364,13 @@ class _Flat:
             constvars=[], invars=[*self.jaxpr.constvars, *self.jaxpr.invars], debug_info=_no_names(self.jaxpr)
         )
 
-    def function(self, inputs: list[Any], outvars: list[Any]) -> Callable[..., Any]:
+    def function(self, inputs: list[Any], outvars: list[Any], n: int) -> Callable[..., Any]:
+        """It takes a list, of whose arrays the first `n` are read, and the other arrays."""
         few = list(self.embedded.values())
         jaxpr = self.jaxpr.replace(
             constvars=[], invars=[*inputs, *self.embedded], outvars=outvars, debug_info=_no_names(self.jaxpr)
         )
-        return lambda state, *arrays: jax.core.eval_jaxpr(jaxpr, [], *state, *arrays, *few)
+        return lambda state, *arrays: jax.core.eval_jaxpr(jaxpr, [], *state[:n], *arrays, *few)
 
 
 def _no_names(jaxpr: Any) -> Any:

@@ -97,7 +97,9 @@ def _lowered(
     program = rehearsed()
     if program.survivors:  # gradients, an optimizer's state: from the second call on they are inputs
         state.storages += [s for s in program.survivors if s not in state.storages]
-        program = rehearsed()
+        first, program = program, rehearsed()
+        replaced = {g._s for t, g in first.set_grads if type(g) is Tensor and t.grad is not g}
+        state.storages = [s for s in (*state.storages, *program.survivors) if s not in replaced]
     lowered, jaxpr, read = program.lower_for(leaves, "tpu", NamedSharding(mesh, PartitionSpec()))
     return lowered, jaxpr, sum(bytes_on_a_device(s.value) for s in state.storages if s not in read)
 
