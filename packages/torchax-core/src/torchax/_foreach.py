@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import torch
 
 _OVERLOADS = {
@@ -52,9 +53,50 @@ def foreach_apply(
         return tuple(picked), keywords
 
     rule = rules[element]
-    applies = [rule.resolve(*call(args, kwargs, i)).apply for i in range(count)]
+    applies: list[Callable[..., Any]] = []
+    known: dict[Any, Callable[..., Any]] = {}
+    for i in range(count):
+        signature = rule.bind(*call(args, kwargs, i))[0]
+        if signature not in known:
+            known[signature] = _traced_once(rule.resolve(*call(args, kwargs, i)).apply)
+        applies.append(known[signature])
 
     def apply(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return [applies[i](*call(args, kwargs, i)) for i in range(count)]
 
     return apply
+
+
+def _traced_once(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """The same; of hundreds of elements of one signature, JAX traces one and copies what it found."""
+
+    def on_arrays(static: _Static, arrays: list[Any]) -> Any:
+        given = iter(arrays)
+        args, kwargs = jax.tree.unflatten(static.nest, [next(given) if x is _ARRAY else x for x in static.leaves])
+        return apply(args, kwargs)
+
+    inlined = jax.jit(on_arrays, static_argnums=0, inline=True)
+
+    def call(*call: Any) -> Any:
+        leaves, nest = jax.tree.flatten(call)
+        arrays = [x for x in leaves if isinstance(x, jax.Array)]
+        return inlined(_Static(nest, [_ARRAY if isinstance(x, jax.Array) else x for x in leaves]), arrays)
+
+    return call
+
+
+_ARRAY = object()
+
+
+class _Static:
+    """What is no array in a call: equal if nest, types and values are."""
+
+    def __init__(self, nest: Any, leaves: list[Any]):
+        self.nest, self.leaves = nest, leaves
+        self.key = (nest, *((type(x), x) for x in leaves))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)

@@ -1,5 +1,7 @@
 """``_foreach_*`` ops that do not follow from an element op of the same name, over lists of tensors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,9 @@ from torchax.ops import Lowering, aten, lowering
 
 from ._common import interpolate
 from ._index import opmath, scalar
+
+
+_traced_once = functools.partial(jax.jit, inline=True)  # lists of hundreds of tensors have few different shapes
 
 
 def _category(dtype):
@@ -68,6 +73,7 @@ def _addcdiv(x, a, b, value):
 def _fused(fn):
     """Overloads of ``x + value * op(a, b)``: one number, a list of numbers, a tensor of numbers."""
 
+    @_traced_once
     def one(x, a, b, value):
         x, a, b = _over(x, a, b)
         return fn(x, a, b, scalar(value, x.dtype))
@@ -88,6 +94,7 @@ ADDC = [
 ]
 
 
+@_traced_once
 def _lerp(x, end, weight):
     x, end = _over(x, end)
     return interpolate(x, end, scalar(weight, x.dtype))
@@ -105,11 +112,16 @@ def foreach_lerp_list(xs, tensors1, weights):
     return [_lerp(*row) for row in zip(xs, tensors1, weights, strict=True)]
 
 
+@_traced_once
+def _power(base, exponent):
+    e, b = _with(exponent, base)
+    return jnp.power(b, e)
+
+
 @lowering(aten._foreach_pow.ScalarAndTensor)
 def foreach_pow_base(base, exponent):
     """A number to the power of each tensor."""
-    rows = [_with(e, base) for e in exponent]
-    return [jnp.power(b, e) for e, b in rows]
+    return [_power(base, e) for e in exponent]
 
 
 @lowering(aten._foreach_copy.default)
