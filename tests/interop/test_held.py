@@ -331,7 +331,8 @@ def _trained(device, steps, between, **options):
             seen.append(loss.item())
             seen += [p.grad.sum().item() for p in model.parameters()]
             between[i](model)
-    return [*seen, *[p.grad.tolist() for p in model.parameters()], *[p.tolist() for p in model.parameters()]], model, run, x
+    after = [t.tolist() for p in model.parameters() for t in (p.grad, p)]
+    return [*seen, *after], model, run, x
 
 
 def _cleared(model):
