@@ -11,7 +11,6 @@ from torchax.ops import Lowering, aten, lowering
 from ._common import interpolate
 from ._index import opmath, scalar
 
-
 _traced_once = functools.partial(jax.jit, inline=True)  # lists of hundreds of tensors have few different shapes
 
 

@@ -97,9 +97,4 @@ def band_attention(query, key, value, documents, scale, left=None, right=None, p
     return banded_attention(query, key, value, documents, **options, interpret=mode() == "interpret")
 
 
-@lowering(_NAME, whole=True, when=choice.required, priority=8)
-def refuse_band_attention(
-    query, key, value, documents, scale, left=None, right=None, prefix=0, soft_cap=None, unknown=None
-):
-    """The error of ``torchax.config.pallas = "required"`` for calls that no kernel takes."""
-    raise choice.unavailable(query, key, value, documents, scale, left, right, prefix, soft_cap, unknown)
+REFUSALS = choice.refusals(_NAME, whole=True)

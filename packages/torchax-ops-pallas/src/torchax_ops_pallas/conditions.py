@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo  # jax.nn has it loaded; what JAX knows of cuDNN is nowhere else
 from torchax.convert import platform, portable
 from torchax.errors import TorchaxError
+from torchax.ops import Lowering, op_name
 
 from .settings import mode
 
@@ -243,6 +244,16 @@ class Choice:
         return KernelUnavailable(
             f"torchax.config.pallas is 'required', but no kernel serves {self._name} here: {reason}"
         )
+
+    def refusals(self, op: Any, **attributes: Any) -> list[Lowering]:
+        """The lowering that raises `unavailable`, for a module's name."""
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            """The error of ``torchax.config.pallas = "required"`` for calls that no kernel takes."""
+            raise self.unavailable(*args, **kwargs)
+
+        refuse.__qualname__ = "refuse"  # reports show it
+        return [Lowering(op=op_name(op), fn=refuse, when=self.required, priority=8, **attributes)]
 
 
 def _not(wanted: str) -> str | None:

@@ -37,13 +37,7 @@ def cudnn_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
     return cudnn.cudnn_attention(query, key, value, attn_mask, causal=is_causal, scale=scale_of(query, scale))
 
 
-@lowering(_SDPA, whole=True, when=choice.required, priority=8)
-def refuse_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
-):
-    """The error of ``torchax.config.pallas = "required"`` for calls that no kernel takes."""
-    call = (query, key, value, attn_mask, dropout_p, is_causal)
-    raise choice.unavailable(*call, scale=scale, enable_gqa=enable_gqa)
+REFUSALS = choice.refusals(_SDPA, whole=True)
 
 
 __all__ = ["KernelUnavailable"]

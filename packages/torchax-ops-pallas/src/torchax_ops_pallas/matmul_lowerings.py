@@ -48,7 +48,4 @@ def grouped_mm(x, mat2, offs=None, bias=None, out_dtype=None):
     return grouped_outer(x.T, mat2, offs, mode() == "interpret")
 
 
-@lowering(_GROUPED, when=choice.required, priority=8, meta=False)
-def refuse_grouped_mm(x, mat2, offs=None, bias=None, out_dtype=None):
-    """The error of ``torchax.config.pallas = "required"`` for calls that no kernel takes."""
-    raise choice.unavailable(x, mat2, offs, bias, out_dtype)
+REFUSALS = choice.refusals(_GROUPED, meta=False)

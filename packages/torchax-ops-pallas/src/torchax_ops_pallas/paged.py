@@ -177,10 +177,7 @@ def _in_blocks(page_indices: jax.Array, at_once: int) -> tuple[jax.Array, int]:
     return jnp.pad(page_indices, ((0, 0), (0, blocks * at_once - pages))), at_once
 
 
-@lowering(_NAME, when=choice.required, priority=8)
-def refuse_paged_attention(query, key_pages, value_pages, lengths, page_indices, scale, soft_cap=None):
-    """The error of ``torchax.config.pallas = "required"`` for calls that no kernel takes."""
-    raise choice.unavailable(query, key_pages, value_pages, lengths, page_indices)
+REFUSALS = choice.refusals(_NAME)
 
 
 __all__ = ["paged_attention"]

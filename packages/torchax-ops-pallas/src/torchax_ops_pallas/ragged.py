@@ -205,12 +205,7 @@ def _safe(tokens: int, pages: int, lengths: Any, page_indices: Any, starts: Any,
     return jnp.maximum(lengths, 1), jnp.clip(page_indices, 0, pages - 1), starts, last, inside
 
 
-@lowering(_NAME, when=choice.required, priority=8)
-def refuse_ragged_paged_attention(
-    query, pages, lengths, page_indices, starts, count, scale, window=None, soft_cap=None
-):
-    """The error of ``torchax.config.pallas = "required"`` for calls that no kernel takes."""
-    raise choice.unavailable(query, pages, lengths, page_indices)
+REFUSALS = choice.refusals(_NAME)
 
 
 __all__ = ["ragged_paged_attention"]
