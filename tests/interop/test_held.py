@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torchax
-from torchax._grads import grads as gradients
+from torchax._marks import marks
 from torchax_interop._held import HeldStorage
 
 
@@ -268,9 +268,9 @@ def test_a_gradient_is_marked_by_whatever_replaces_it():
                 continue
             p = nn.Parameter(torch.tensor([1.0, 2.0], device="jax"))
             p.grad = None if first else torch.ones_like(p)
-            before, mark = p.grad, gradients.mark
+            before, mark = p.grad, marks.grads
             change(p)
-            assert (p.grad is before) or gradients.mark is not mark, name
+            assert (p.grad is before) or marks.grads is not mark, name
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
@@ -373,3 +373,49 @@ def test_gradients_are_held_once(donate):
     last = [p.grad.jax() for p in model.parameters()]
     run(x)
     assert [a.is_deleted() for a in last] == [donate] * 4
+
+
+def _set_data(t):
+    t.data = torch.full_like(t, 3.0)
+
+
+def _swap(t):
+    torch.utils.swap_tensors(t, torch.full((2,), 3.0, device="jax"))
+
+
+@pytest.mark.parametrize("change", [_set_data, _swap])
+def test_another_storage_is_seen(change):
+    t = torch.ones(2, device="jax")
+    double = torchax.compile(lambda: t * 2)
+    assert [double().tolist() for _ in range(3)] == [[2, 2]] * 3
+    change(t)
+    assert double().tolist() == [6, 6]
+    t.add_(1)
+    assert double().tolist() == [8, 8]
+
+
+def _by_an_operator(t, w):
+    t += w
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda t, w: t.requires_grad_(),
+        lambda t, w: setattr(t, "requires_grad", True),
+        lambda t, w: t.mul_(w),
+        lambda t, w: t[:1].add_(w[:1]),
+        lambda t, w: torch.add(t, w, out=t) if not w.requires_grad else t.copy_(w),
+        _by_an_operator,
+    ],
+)
+def test_who_requires_a_gradient_is_seen(begin):
+    t, w = torch.ones(2, device="jax"), torch.ones(2, device="jax", requires_grad=True)
+    double = torchax.compile(lambda: t * 2)
+    assert not any(double().requires_grad for _ in range(3))
+    begin(t, w)
+    assert double().requires_grad
+    double().sum().backward()
+    assert (t if t.is_leaf else w).grad is not None
+    t.detach_() if not t.is_leaf else t.requires_grad_(False)
+    assert not double().requires_grad

@@ -19,8 +19,8 @@ from ._dispatch import RULES
 from ._execute import executing, state
 from ._execute.strict import Placed
 from ._functional import FunctionalRule, ProductRule, as_shapes
-from ._grads import ACCUMULATING, grads, marking
 from ._lower import composite_rule, is_composite_implicit
+from ._marks import ACCUMULATING, accumulating, marks, writing
 from ._mutating import mutating_rule
 from ._prepared import prepared_rule
 from ._registry import REGISTRY, Lowering
@@ -38,7 +38,9 @@ def make_rule(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
     rule = _own_rule(func)
     name = func._schema.name
     if func.name() in ACCUMULATING and not isinstance(rule, FunctionalRule):
-        rule = marking(rule)
+        rule = accumulating(rule)
+    if func._schema.is_mutable:
+        rule = writing(rule)
     return following(rule) if name.endswith("_like") or name in ("aten::clone", "aten::_to_copy") else rule
 
 
@@ -97,7 +99,7 @@ class _Accumulating(FunctionalRule):
     """A functional op by which the engine makes a gradient."""
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        grads.mark = object()
+        marks.grads = object()
         return super().__call__(args, kwargs)
 
 

@@ -107,11 +107,13 @@ class Storage:
         version: grows with every write; views remember the version that they read.
         owner: the trace that it was made in, else None.
         sharding: how the payload is laid out over devices, whatever is written; None leaves it to XLA.
+        left: how often a tensor that had it was given another one.
     """
 
     owner: Any = None
     sharding: Any = None
     version = 0
+    left = 0
     _address: int | None = None
 
     def __init__(self, value: Any, geometry: TensorMeta):

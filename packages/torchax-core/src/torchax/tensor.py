@@ -19,7 +19,7 @@ from ._checks import settle
 from ._dispatch import dispatch
 from ._execute import state
 from ._execute.known import known_value
-from ._grads import grad
+from ._marks import Marked, leave
 from ._sharding import pins, place
 from ._storage import Storage, StorageView, TensorMeta, dense_meta
 
@@ -38,7 +38,7 @@ _strided = torch.strided
 OWN = frozenset({"_s", "_m", "_v", "_cache", "_is_param"})  # attributes that are not the user's
 
 
-class Tensor(torch.Tensor):
+class Tensor(Marked):
     """A PyTorch tensor whose values are a `jax.Array`.
 
     ``Tensor(array)`` wraps an array (or a tracer) without a copy; tensors on device ``jax`` also come from every
@@ -201,9 +201,6 @@ class Tensor(torch.Tensor):
     def get_device(self) -> int:
         return self._m.index
 
-    if not TYPE_CHECKING:
-        grad = grad
-
     @property
     def data(self) -> TorchTensor:  # type: ignore[override]
         return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
@@ -362,6 +359,7 @@ def become(t: Tensor, other: Tensor) -> None:
     shell = make(other._s, other._m, other._v)
     with torch._C._DisableTorchDispatch():
         torch.Tensor.data.__set__(t, shell)  # type: ignore[attr-defined]
+    leave(t)
     t._s, t._m, t._v, t._cache = other._s, other._m, other._v, None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torchax._grads import grads as gradients
+from torchax._marks import marks
 from torchax._sharding import pins
 from torchax._storage import Storage
 from torchax.tensor import Tensor
@@ -19,6 +19,7 @@ from ._recording import Recording
 from ._symbolic import Setting
 
 _storage_of = operator.attrgetter("_s")
+_left_of = operator.attrgetter("left")
 _training_of = operator.itemgetter("training")
 _requires_grad_of = operator.attrgetter("requires_grad")
 _grad_of = operator.attrgetter("grad")
@@ -56,6 +57,11 @@ class Guards:
         self.differentiated = self.tensors if torch.is_grad_enabled() else []  # else nobody asks
         self.requires_grad = [t.requires_grad for t in self.differentiated]
         self.unchanged = _unchanged(self.differentiated)
+        self.read = list(recording.captured)
+        self.left = list(map(_left_of, self.read))
+        asked = torch.is_grad_enabled()
+        self.plain = [t for t in recording.plain.values() if asked and not t.requires_grad]
+        self.compared: Any = None  # the mark under which these were looked at
         self.settings = recording.settings
         self.numbers, self.checks = recording.numbers, recording.checks
         self.optimizers = list(recording.optimizers.values())
@@ -90,14 +96,22 @@ class Guards:
             with plain_attributes():
                 if list(map(_requires_grad_of, self.differentiated)) != self.requires_grad:
                     return "requires_grad of a parameter was changed"
-        if self.looked is not gradients.mark:
-            mark = gradients.mark
+        if self.looked is not marks.grads:
+            mark = marks.grads
             with plain_attributes():
                 if not all(map(operator.is_, map(_grad_of, self.without_grad), itertools.repeat(None))):
                     return GRADIENT
                 if not all(map(operator.is_, map(_grad_of, self.with_grad), self.exact_grads)):
                     return "the gradient of a parameter was replaced"
             self.looked = mark
+        if self.compared is not marks.tensors:
+            mark = marks.tensors
+            if list(map(_left_of, self.read)) != self.left:
+                return "a tensor that the function uses got another storage"
+            with plain_attributes():
+                if any(map(_requires_grad_of, self.plain)):
+                    return "a tensor that the function uses requires a gradient now"
+            self.compared = mark
         if list(map(_training_of, self.modules)) != self.training:
             return "a module was switched between training and evaluation"
         now = itertools.chain.from_iterable(map(dict.values, self.tables))

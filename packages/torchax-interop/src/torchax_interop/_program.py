@@ -15,7 +15,7 @@ import torch
 from torch._C import _functions
 from torchax import convert, errors
 from torchax._execute._where import donated, user_line
-from torchax._grads import grads as gradients
+from torchax._marks import marks
 from torchax._storage import Storage, TensorMeta, dense_meta
 from torchax.tensor import Tensor, make, wrap
 
@@ -272,9 +272,9 @@ class Program:
                 storage.owner = None
         for k, value in zip(self.changed, outs[end : end + n_changed], strict=True):
             self.groups[k].store(leaves, value)
-        if not self.graded or self.looked is gradients.mark:
+        if not self.graded or self.looked is marks.grads:
             return
-        self.looked = gradients.mark
+        self.looked = marks.grads
         with plain_attributes():
             same = all(map(operator.is_, map(_grad_of, self.graded), self.graded_with))
         if not same:

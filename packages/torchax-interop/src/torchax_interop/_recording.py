@@ -47,8 +47,9 @@ class Recording(Traced):
     Attributes:
         given: storages of arguments -> the storages that stand for them inside.
         given_read: those of them that the function also reached by itself.
-        tensors: tensors from outside that were read (by id).
-        computed: those of them that are results of something that autograd has noted (by id).
+        tensors: parameters, and leaves that require a gradient, from outside that were read (by id).
+        computed: results, from outside, of something that autograd has noted (by id).
+        plain: other tensors from outside (by id).
         modules: modules that were called, as they were at that time (by id).
         settings: settings of optimizers that the program depends on: (dict, name, value).
         numbers: settings that are inputs.
@@ -64,6 +65,7 @@ class Recording(Traced):
         self.given_read: set[Storage] = set()
         self.tensors: dict[int, Tensor] = {}
         self.computed: dict[int, Tensor] = {}
+        self.plain: dict[int, Tensor] = {}
         self.modules: dict[int, Noted] = {}
         self.settings: list[tuple[dict[str, Any], str, Any]] = []
         self.numbers: list[Setting] = []
@@ -87,6 +89,8 @@ class Recording(Traced):
             self.tensors[id(tensor)] = tensor
         elif not known and tensor.requires_grad and torch.is_grad_enabled():
             self.computed[id(tensor)] = tensor
+        elif not known and (tensor._v is None or not tensor._v.is_traced):
+            self.plain[id(tensor)] = tensor
 
     def load(self, storage: Storage) -> Any:
         if storage.owner is self:
