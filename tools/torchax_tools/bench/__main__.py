@@ -24,6 +24,7 @@ GROUPS = (
     "train",
     "families",
     "gpt",
+    "calls",
     "steps",
     "depth",
     "decode",
@@ -34,7 +35,7 @@ GROUPS = (
 
 
 def _group(name: str) -> Callable[[], Iterator[Row]]:
-    from . import decode, depth, families, gpt, ops, startup, steps, tpu, train, zoo
+    from . import calls, decode, depth, families, gpt, ops, startup, steps, tpu, train, zoo
 
     return {
         "import": startup.imports,
@@ -44,6 +45,7 @@ def _group(name: str) -> Callable[[], Iterator[Row]]:
         "train": train.train,
         "families": families.families,
         "gpt": gpt.gpt,
+        "calls": calls.calls,
         "steps": steps.steps,
         "depth": depth.depth,
         "decode": decode.decode,

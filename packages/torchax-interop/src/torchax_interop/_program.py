@@ -143,7 +143,7 @@ class Program:
         # what is held is one argument, of whose arrays all are overwritten: JAX takes a list faster than many arguments
         nested = lambda i: max(i - n_held + 1, 0)
         self.donated_arguments = list(map(nested, self.donated_arguments))
-        donated = sorted({*map(nested, donated), *([0] if self.spares else [])})
+        donated = sorted(set(map(nested, donated)).union([0] if self.spares else []))
         jit = recorder.options.jit
         flat = _Flat(jaxpr, embedded)
         if not recorder.differentiable:
