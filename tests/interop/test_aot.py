@@ -47,6 +47,9 @@ def test_a_train_step_on_meta(rules, share):
     assert _near(found.argument_bytes, 4 * parameters / share + _X.numel())
     assert _near(found.alias_bytes, 4 * parameters / share)  # the new gradients over the last ones
     assert found.held_bytes == 0
+    results = found.output_bytes - found.alias_bytes
+    assert found.argument_bytes < found.peak_bytes <= found.argument_bytes + results + found.temporary_bytes
+    assert found.total_bytes == found.peak_bytes + found.code_bytes
     assert 0 < found.total_bytes < found.hbm_bytes and found.flops > 6 * 64 * parameters / 4 / 4 * 0.9
     assert found.roofline_seconds == max(found.flops / 197e12, found.bytes_accessed / 819e9)
     sent = {c.kind: c.bytes for c in found.collectives}

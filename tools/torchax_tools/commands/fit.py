@@ -75,6 +75,7 @@ def _show(found: Any) -> None:
         ("results", found.output_bytes),
         ("results that overwrite arguments", found.alias_bytes),
         ("temporaries", found.temporary_bytes),
+        ("at one time, at most", found.peak_bytes),
         ("program", found.code_bytes),
         ("in all", found.total_bytes),
         ("memory of a chip", found.hbm_bytes),

@@ -44,7 +44,8 @@ class AotCompiled:
             where the compiler found no room.
         output_bytes: results, those that overwrite arguments included.
         alias_bytes: results that overwrite arguments.
-        temporary_bytes: what the program needs in between.
+        temporary_bytes: what the program needs in between, at different times.
+        peak_bytes: the most that it holds at one time, arguments and results included.
         code_bytes: the program itself.
         flops: operations, as XLA counts them: a loop's body once, of kernels what they declare.
         bytes_accessed: bytes that operations read and write, counted so, too.
@@ -67,6 +68,7 @@ class AotCompiled:
     output_bytes: int | None = None
     alias_bytes: int | None = None
     temporary_bytes: int | None = None
+    peak_bytes: int | None = None
     code_bytes: int | None = None
     flops: float | None = None
     bytes_accessed: float | None = None
@@ -86,8 +88,7 @@ class AotCompiled:
         """What a device holds while the program runs; None where the compiler found no room."""
         if self.compiled is None:
             return None
-        parts = (self.held_bytes, self.argument_bytes, self.output_bytes, self.temporary_bytes, self.code_bytes)
-        return sum(x or 0 for x in parts) - (self.alias_bytes or 0)
+        return self.held_bytes + (self.peak_bytes or 0) + (self.code_bytes or 0)
 
     @property
     def roofline_seconds(self) -> float | None:
@@ -125,6 +126,7 @@ def measured(
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
         flops=float(cost.get("flops", 0.0)) + flops_of_kernels(text),
         bytes_accessed=float(cost.get("bytes accessed", 0.0)),
