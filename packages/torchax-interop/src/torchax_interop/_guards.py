@@ -53,14 +53,14 @@ class Guards:
         self.sizes = list(map(len, self.tables))
         self.members = [t for table in self.tables for t in table.values()]
         self.tensors = list(recording.tensors.values())
-        self.storages = [t._s for t in self.tensors]
-        self.differentiated = self.tensors if torch.is_grad_enabled() else []  # else nobody asks
+        asked = torch.is_grad_enabled()  # who requires a gradient; else nobody asks
+        self.differentiated = self.tensors if asked else []
         self.requires_grad = [t.requires_grad for t in self.differentiated]
         self.unchanged = _unchanged(self.differentiated)
-        self.read = list(recording.captured)
+        plain = list(recording.plain.values())
+        self.read = list({*recording.captured, *map(_storage_of, (*self.tensors, *plain))})
         self.left = list(map(_left_of, self.read))
-        asked = torch.is_grad_enabled()
-        self.plain = [t for t in recording.plain.values() if asked and not t.requires_grad]
+        self.plain = [t for t in plain if asked and not t.requires_grad]
         self.compared: Any = None  # the mark under which these were looked at
         self.settings = recording.settings
         self.numbers, self.checks = recording.numbers, recording.checks
@@ -90,9 +90,9 @@ class Guards:
             if any(s.sharding != sharding for s, sharding in self.pinned):
                 return "a tensor that the function uses was laid out anew over devices"
             self.epoch = pins.epoch
-        if list(map(_storage_of, self.tensors)) != self.storages:
-            return "a parameter got another storage"
-        if not self.unchanged(*self.differentiated):
+        if not self.unchanged(
+            *self.differentiated
+        ):  # not by the mark: a function may cease to require a gradient unmarked
             with plain_attributes():
                 if list(map(_requires_grad_of, self.differentiated)) != self.requires_grad:
                     return "requires_grad of a parameter was changed"
