@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
@@ -21,6 +22,19 @@ def examples(n: int) -> hypothesis.settings:
         hypothesis.settings.get_profile(name) for name in ("ci", hypothesis.settings.get_current_profile_name())
     ]
     return hypothesis.settings(max_examples=n * profiles[1].max_examples // profiles[0].max_examples)
+
+
+def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A step as users write it: a mean of squares, its gradients, the optimizer; gives the loss."""
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
 
 
 def assert_same(

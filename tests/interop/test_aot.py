@@ -9,21 +9,12 @@ import torch.nn as nn
 from torchax import interop
 from torchax_interop._fit import collectives_of, kernels_of
 
+from helpers import train_step
+
 
 def _mlp(device="meta"):
     with torch.device(device):
         return nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Dropout(0.1), nn.Linear(512, 256))
-
-
-def _step(model, optimizer):
-    def step(x):
-        optimizer.zero_grad()
-        loss = model(x).square().mean()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
 
 
 _X = torch.empty(64, 256, device="meta")
@@ -40,7 +31,7 @@ def test_a_train_step_on_meta(rules, share):
     model = _mlp()
     optimizer = torch.optim.AdamW(model.parameters())
     before = list(model.parameters())
-    found = interop.aot_compile(_step(model, optimizer), (_X,), "v5e:2x2", shardings=rules)
+    found = interop.aot_compile(train_step(model, optimizer), (_X,), "v5e:2x2", shardings=rules)
     parameters = sum(p.numel() * 4 for p in before)
     assert found.fits and found.mesh == {"data": 4}
     assert _near(found.state_bytes, 4 * parameters / share)  # with both moments and the gradient
@@ -82,7 +73,7 @@ def test_a_model_with_values_and_state_is_left_alone():
     pytest.importorskip("libtpu")
     model = _mlp("cpu")
     optimizer = torch.optim.AdamW(model.parameters())
-    step = _step(model, optimizer)
+    step = train_step(model, optimizer)
     step(torch.randn(4, 256))
     everything = [*model.parameters(), *[p.grad for p in model.parameters()]]
     everything += [t for values in optimizer.state.values() for t in values.values()]
@@ -176,7 +167,7 @@ def test_activations_that_do_not_fit():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(1024, 65536), nn.GELU(), nn.Linear(65536, 1024))
     x = torch.empty(131072, 1024, device="meta")
-    step = _step(model, torch.optim.SGD(model.parameters()))
+    step = train_step(model, torch.optim.SGD(model.parameters()))
     found = interop.aot_compile(step, (x,), mesh={"data": 1})
     assert not found.fits and "smaller batch" in found.advice[0]
     name, size = next(iter(found.largest.items()))
@@ -201,13 +192,13 @@ def test_gradients_are_held_once_and_unused_parameters_count():
         optimizer.zero_grad()
         return loss.detach()
 
-    found = interop.aot_compile(_step(model, optimizer), (x,), mesh={"data": 1})
+    found = interop.aot_compile(train_step(model, optimizer), (x,), mesh={"data": 1})
     least = interop.aot_compile(cleared, (x,), mesh={"data": 1})
     assert found.held_bytes == least.held_bytes == 0
     assert _near(found.state_bytes, 4 * parameters) and _near(least.state_bytes, 3 * parameters)
     assert found.total_bytes < 4.1 * parameters
     model.unused = unused
-    found = interop.aot_compile(_step(model, optimizer), (x,), mesh={"data": 1})
+    found = interop.aot_compile(train_step(model, optimizer), (x,), mesh={"data": 1})
     assert not found.fits and "does not use elsewhere" in found.advice[0] and "are missing" in found.problem
     assert found.held_bytes == 7 << 30 and found.total_bytes - found.held_bytes < found.hbm_bytes
 

@@ -17,6 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchax
 
+from helpers import train_step
+
 
 def small() -> nn.Module:
     torch.manual_seed(0)
@@ -441,15 +443,7 @@ def test_gradients_of_an_op_kept_whole_while_something_else_saves_its_tensors():
 def test_lower_gives_the_program_and_leaves_everything_as_it_was():
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 2)).to("jax")
     optimizer = torch.optim.AdamW(model.parameters())
-
-    @torchax.compile
-    def step(x):
-        optimizer.zero_grad()
-        loss = model(x).square().mean()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
+    step = torchax.compile(train_step(model, optimizer))
     x = torch.randn(6, 4, device="jax")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     random_state = torch.jax.get_rng_state()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import operator
 import threading
 import weakref
 
@@ -13,6 +14,8 @@ import torch.nn as nn
 import torchax
 from torchax._marks import marks
 from torchax_interop._held import HeldStorage
+
+from helpers import train_step
 
 
 def _counters(n=3):
@@ -313,15 +316,7 @@ def test_requires_grad_that_changes_between_calls(change):
 def _trained(device, steps, between, **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-    def step(x):
-        optimizer.zero_grad()
-        loss = model(x).square().mean()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
+    step = train_step(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
     run = torchax.compile(step, **options) if device == "jax" else step
     x = torch.linspace(-1, 1, 12).view(3, 4).to(device)
     seen = []
@@ -394,10 +389,6 @@ def test_another_storage_is_seen(change):
     assert double().tolist() == [8, 8]
 
 
-def _by_an_operator(t, w):
-    t += w
-
-
 @pytest.mark.parametrize(
     "begin",
     [
@@ -405,8 +396,8 @@ def _by_an_operator(t, w):
         lambda t, w: setattr(t, "requires_grad", True),
         lambda t, w: t.mul_(w),
         lambda t, w: t[:1].add_(w[:1]),
-        lambda t, w: torch.add(t, w, out=t) if not w.requires_grad else t.copy_(w),
-        _by_an_operator,
+        lambda t, w: t.copy_(w),
+        operator.iadd,
     ],
 )
 def test_who_requires_a_gradient_is_seen(begin):

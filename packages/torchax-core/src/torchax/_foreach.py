@@ -56,9 +56,10 @@ def foreach_apply(
     applies: list[Callable[..., Any]] = []
     known: dict[Any, Callable[..., Any]] = {}
     for i in range(count):
-        signature = rule.bind(*call(args, kwargs, i))[0]
+        one = call(args, kwargs, i)
+        signature = rule.bind(*one)[0]
         if signature not in known:
-            known[signature] = _traced_once(rule.resolve(*call(args, kwargs, i)).apply)
+            known[signature] = _traced_once(rule.resolve(*one).apply)
         applies.append(known[signature])
 
     def apply(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -70,33 +71,17 @@ def foreach_apply(
 def _traced_once(apply: Callable[..., Any]) -> Callable[..., Any]:
     """The same; of hundreds of elements of one signature, JAX traces one and copies what it found."""
 
-    def on_arrays(static: _Static, arrays: list[Any]) -> Any:
+    def on_arrays(nest: Any, rest: tuple[Any, ...], arrays: list[Any]) -> Any:
         given = iter(arrays)
-        args, kwargs = jax.tree.unflatten(static.nest, [next(given) if x is _ARRAY else x for x in static.leaves])
+        args, kwargs = jax.tree.unflatten(nest, [next(given) if x is None else x[1] for x in rest])
         return apply(args, kwargs)
 
-    inlined = jax.jit(on_arrays, static_argnums=0, inline=True)
+    inlined = jax.jit(on_arrays, static_argnums=(0, 1), inline=True)
 
     def call(*call: Any) -> Any:
         leaves, nest = jax.tree.flatten(call)
-        arrays = [x for x in leaves if isinstance(x, jax.Array)]
-        return inlined(_Static(nest, [_ARRAY if isinstance(x, jax.Array) else x for x in leaves]), arrays)
+        # with their types, since 1 equals 1.0 and True; None stands for an array
+        rest = tuple(None if isinstance(x, jax.Array) else (type(x), x) for x in leaves)
+        return inlined(nest, rest, [x for x in leaves if isinstance(x, jax.Array)])
 
     return call
-
-
-_ARRAY = object()
-
-
-class _Static:
-    """What is no array in a call: equal if nest, types and values are."""
-
-    def __init__(self, nest: Any, leaves: list[Any]):
-        self.nest, self.leaves = nest, leaves
-        self.key = (nest, *((type(x), x) for x in leaves))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)

@@ -239,8 +239,7 @@ class Program:
             settle_source(source, self.mesh)
         held, chosen = self.held.arrays, self.held_inputs
         if held is None:
-            arrays: list[Any] = [[s.value for s in self.state]]
-            arrays[0] += values_of(self.spares, spare)
+            arrays: list[Any] = [[*(s.value for s in self.state), *values_of(self.spares, spare)]]
         else:
             arrays = [held[chosen] if type(chosen) is slice else [held[i] for i in chosen]]
         arrays += [s.value for s in self.others]
