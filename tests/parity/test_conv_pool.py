@@ -1,10 +1,13 @@
 """Convolution and pooling against CPU torch: values, indices and gradients, over arguments drawn at random."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from torchax_ops_aten.conv import convolution
 
 from helpers import examples
 
@@ -86,6 +89,29 @@ def test_transposed_convolution(c, data):
     compare(
         lambda x, w, b=None: conv(x, w, b, c["stride"], c["padding"], extra, c["groups"], c["dilation"]), x, w, *rest
     )
+
+
+@few
+@given(convolutions(), st.sampled_from([torch.float32, torch.float64, torch.float16, torch.complex64, torch.int64]))
+def test_transposed_convolution_whose_windows_touch(c, dtype):
+    assume(c["batch"] > 0)
+    conv = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[c["rank"] - 1]
+    shapes = (c["batch"], c["channels"], *c["size"]), (c["channels"], c["out"] // c["groups"], *c["kernel"]), (c["out"],)
+    draw = (lambda s: torch.randint(-5, 5, s)) if dtype is torch.int64 else lambda s: torch.randn(s, dtype=dtype)
+    x, w, *rest = (draw(s) for s in (shapes if c["bias"] else shapes[:2]))
+    tolerance = 2e-2 if dtype is torch.float16 else 1e-4
+    compare(
+        lambda x, w, b=None: conv(x, w, b, c["kernel"], groups=c["groups"]), x, w, *rest, rtol=tolerance, atol=tolerance
+    )
+
+
+def test_windows_that_touch_are_a_matrix_product():
+    def primitives(stride):
+        call = lambda x, w: convolution(x, w, None, (stride,), (0,), (1,), True, (0,), 1)
+        return str(jax.make_jaxpr(call)(jnp.ones((1, 4, 5)), jnp.ones((4, 3, 2))))
+
+    assert "dot_general" in primitives(2) and "conv_general_dilated" not in primitives(2)
+    assert "conv_general_dilated" in primitives(1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.int64])

@@ -2,12 +2,15 @@
 
 import copy
 
+import jax
+import jax.numpy as jnp
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchax_ops_aten.attention import scaled_dot_product_attention
 
 few = settings(suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 
@@ -119,7 +122,7 @@ def attentions(draw):
         "keys": draw(st.integers(1, 6)),
         "features": draw(st.integers(1, 4)),
         "width": draw(st.integers(1, 4)),
-        "mask": draw(st.sampled_from([None, "bool", "float", "causal"])),
+        "mask": draw(st.sampled_from([None, "bool", "float", "batches", "causal"])),
         "scale": draw(st.sampled_from([None, 0.3])),
     }
 
@@ -130,10 +133,22 @@ def test_attention(c):
     q = torch.randn(c["batch"], c["heads"], c["length"], c["features"])
     k = torch.randn(c["batch"], c["key_heads"], c["keys"], c["features"])
     v = torch.randn(c["batch"], c["key_heads"], c["keys"], c["width"])
-    masks = {"bool": torch.rand(c["length"], c["keys"]) > 0.5, "float": torch.randn(c["heads"], c["length"], c["keys"])}
+    masks = {
+        "bool": torch.rand(c["length"], c["keys"]) > 0.5,
+        "float": torch.randn(c["heads"], c["length"], c["keys"]),
+        "batches": torch.rand(c["batch"], 1, c["length"], c["keys"]) > 0.5,
+    }
     mask = [masks[c["mask"]]] if c["mask"] in masks else []
     options = {"is_causal": c["mask"] == "causal", "scale": c["scale"], "enable_gqa": c["heads"] != c["key_heads"]}
     compare(lambda q, k, v, m=None: F.scaled_dot_product_attention(q, k, v, m, **options), q, k, v, *mask)
+
+
+def test_heads_that_share_a_key_head_do_not_repeat_it():
+    q, k = jnp.ones((1, 6, 4, 3)), jnp.ones((1, 2, 5, 3))
+    attend = lambda *qkv: scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+    gradients = jax.grad(lambda *qkv: attend(*qkv).sum(), (0, 1, 2))
+    for function in (attend, gradients):
+        assert "[1,6,5,3]" not in str(jax.make_jaxpr(function)(q, k, k))
 
 
 def test_rows_masked_everywhere_give_zeros():

@@ -21,10 +21,20 @@ def _repeat_heads(query, key, value):
     return key, value
 
 
+def _grouped(query, key, value, attn_mask):
+    """Query and mask with a dimension more, of the heads that share a key head: ``[..., key heads, sharing, L, E]``."""
+    heads, shared = query.shape[-3], key.shape[-3]
+    split = lambda t: t.reshape(*t.shape[:-3], shared, heads // shared, *t.shape[-2:])
+    if attn_mask is not None and attn_mask.ndim > 2:
+        attn_mask = split(attn_mask) if attn_mask.shape[-3] == heads else jnp.expand_dims(attn_mask, -3)
+    return split(query), key, value, attn_mask
+
+
 def _scores(query, key, attn_mask, is_causal, scale):
     """Masked scores ``[..., L, S]``; float32 for 16-bit inputs."""
     accumulate = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("...le,...se->...ls", query, key, preferred_element_type=accumulate) * scale
+    g = "g" if query.ndim > key.ndim else ""
+    scores = jnp.einsum(f"...{g}le,...se->...{g}ls", query, key, preferred_element_type=accumulate) * scale
     if is_causal:
         # the first query sees the first key alone, whatever the lengths
         rows, columns = (lax.broadcasted_iota(jnp.int32, scores.shape[-2:], i) for i in (0, 1))
@@ -50,8 +60,12 @@ def masked_softmax(scores, attn_mask):
 
 def _attend(query, key, value, attn_mask, is_causal, scale):
     probabilities, logsumexp = masked_softmax(_scores(query, key, attn_mask, is_causal, scale), attn_mask)
+    g = "g" if query.ndim > value.ndim else ""
     out = jnp.einsum(
-        "...ls,...sv->...lv", probabilities.astype(value.dtype), value, preferred_element_type=probabilities.dtype
+        f"...{g}ls,...sv->...{g}lv",
+        probabilities.astype(value.dtype),
+        value,
+        preferred_element_type=probabilities.dtype,
     )
     return out.astype(query.dtype), probabilities, logsumexp
 
@@ -101,8 +115,13 @@ def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
 ):
     """``softmax(query @ key.T * scale + mask) @ value``; rows that are masked everywhere give zeros."""
-    key, value = _repeat_heads(query, key, value) if enable_gqa else (key, value)
-    return _attend(query, key, value, attn_mask, is_causal, _scale(query, scale))[0]
+    scale = _scale(query, scale)
+    if not enable_gqa or query.shape[-3] == key.shape[-3] == value.shape[-3]:
+        return _attend(query, key, value, attn_mask, is_causal, scale)[0]
+    if key.shape[-3] != value.shape[-3] or not query.ndim == key.ndim == value.ndim:
+        return _attend(query, *_repeat_heads(query, key, value), attn_mask, is_causal, scale)[0]
+    out = _attend(*_grouped(query, key, value, attn_mask), is_causal, scale)[0]
+    return out.reshape(*out.shape[:-4], -1, *out.shape[-2:])
 
 
 @lowering(aten._scaled_dot_product_flash_attention_for_cpu.default, when=_without_dropout)

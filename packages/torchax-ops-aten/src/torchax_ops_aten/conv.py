@@ -79,6 +79,25 @@ def _transpose(forward, y, shape):
     raise NotImplementedError("the gradient of a convolution of integers")
 
 
+def _tiles(kernel, stride, padding, dilation, output_padding) -> bool:
+    """Whether a transposed convolution writes each element of its result once."""
+    return all(
+        k == s and d == 1 and p == op == 0
+        for k, s, p, d, op in zip(kernel, stride, padding, dilation, output_padding, strict=True)
+    )
+
+
+def _tiled(x, w, groups: int):
+    """The transposed convolution of `_tiles` as a matrix product; as a convolution, most of what it multiplies is zero."""
+    spatial, kernel = x.shape[2:], w.shape[2:]
+    at, within = "hijkl"[: len(spatial)], "pqrst"[: len(spatial)]
+    x = x.reshape(x.shape[0], groups, -1, *spatial)
+    w = w.reshape(groups, -1, *w.shape[1:])
+    both = "".join(a + b for a, b in zip(at, within, strict=True))
+    out = jnp.einsum(f"ngc{at},gco{within}->ngo{both}", x, w, preferred_element_type=_accumulator(x.dtype))
+    return out.reshape(x.shape[0], -1, *(n * k for n, k in zip(spatial, kernel, strict=True)))
+
+
 def _empty(x, w) -> bool:
     return x.size == 0 or w.size == 0
 
@@ -94,6 +113,8 @@ def convolution(input, weight, bias, stride, padding, dilation, transposed, outp
         shape = _transposed_shape(input, weight, stride, padding, dilation, output_padding, groups)
         if _empty(input, weight) or 0 in shape:
             out = jnp.zeros(shape, input.dtype)
+        elif _tiles(weight.shape[2:], stride, padding, dilation, output_padding):
+            out = _tiled(input, weight, groups)
         elif jnp.issubdtype(input.dtype, jnp.inexact):
             out = _adjoint(input, weight, shape, stride, padding, dilation, groups)
         else:
@@ -155,14 +176,17 @@ def convolution_backward(
 ):
     """Gradients of `convolution` with respect to input, weight and bias."""
     rank = input.ndim - 2
-    stride, padding, dilation = (_ints(v, rank) for v in (stride, padding, dilation))
+    stride, padding, dilation, output_padding = (_ints(v, rank) for v in (stride, padding, dilation, output_padding))
     grad_input = grad_weight = grad_bias = None
     geometry = (stride, padding, dilation, groups)
+    tiled = transposed and _tiles(weight.shape[2:], stride, padding, dilation, output_padding)
     empty = grad_output.size == 0 or _empty(input, weight)
     if output_mask[0]:
         w = weight.conj() if jnp.iscomplexobj(weight) else weight
         if empty:
             grad_input = jnp.zeros_like(input)
+        elif tiled:
+            grad_input = _transpose(lambda x: _tiled(x, w, groups), grad_output, input.shape)
         elif transposed:
             grad_input = _correlate(grad_output, w, *geometry)[(..., *(slice(n) for n in input.shape[2:]))]
         else:
@@ -171,6 +195,8 @@ def convolution_backward(
         x = input.conj() if jnp.iscomplexobj(input) else input
         if empty:
             grad_weight = jnp.zeros_like(weight)
+        elif tiled:
+            grad_weight = _transpose(lambda w: _tiled(x, w, groups), grad_output, weight.shape)
         elif transposed:
             grad_weight = _adjoint_kernel(x, grad_output, weight.shape, *geometry)
         else:

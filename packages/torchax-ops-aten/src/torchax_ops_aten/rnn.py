@@ -53,6 +53,8 @@ def _layer(step, xs, state, params, has_biases, reverse, present=None):
     b_ih, b_hh = rest[:2] if has_biases else (None, None)
     rest = rest[2:] if has_biases else rest
     gates = _linear(xs, w_ih, b_ih)  # the inputs' part of all steps is one matrix product
+    if step is not _gru_step and b_hh is not None:  # and what each step would add: GRU multiplies a part of it
+        gates, b_hh = gates + b_hh, None
     weights = (w_hh, b_hh, rest[0] if rest else None)
 
     def body(carry, inputs):
