@@ -193,7 +193,7 @@ def test_a_program_gets_the_lowerings_of_the_platform_that_it_is_for(dynamic):
 
     def kernels(*platforms):
         exported = torchax.export.export(
-            Attention(), (torch.randn(1, 2, 128, 64),), dynamic_shapes=shapes, platforms=platforms
+            Attention(), (torch.randn(1, 2, 512, 64),), dynamic_shapes=shapes, platforms=platforms
         )
         return exported.program.mlir_module().count("tpu_custom_call")
 

@@ -148,9 +148,18 @@ def test_which_calls_are_taken(shapes, options, words):
 
 
 def test_a_kernel_fits_also_where_tensors_are_divided(monkeypatch):
-    x = jax.ShapeDtypeStruct((1, 2, 128, 64), jnp.float32)
+    x = jax.ShapeDtypeStruct((1, 2, 1024, 64), jnp.float32)
     monkeypatch.setattr(torchax._sharding.pins, "epoch", 1)  # as shard_module does
     assert lowerings.choice.on_tpu(x, x, x)
+
+
+def test_small_scores_are_left_to_xla_unless_a_kernel_is_required():
+    shaped = lambda *shape: (jax.ShapeDtypeStruct(shape, jnp.float32),) * 3
+    x = shaped(2, 4, 256, 64)
+    assert "256 by 256 and 2 MiB in all" in str(lowerings.choice.on_tpu.refusal(*x))
+    assert lowerings.choice.on_tpu(*shaped(4, 4, 256, 64)) and lowerings.choice.on_tpu(*shaped(1, 1, 512, 64))
+    with torchax.config.override(pallas="required"):
+        assert lowerings.choice.on_tpu(*x)
 
 
 def test_the_interpreter_sees_an_index_map_that_leaves_the_array():

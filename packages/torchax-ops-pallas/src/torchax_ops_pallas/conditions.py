@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,9 @@ from .settings import mode
 
 DTYPES = ("float32", "bfloat16")
 CUDNN_DTYPES = ("float16", "bfloat16")
-SHORTEST = 64  # below it the scores are small, and one fused softmax of XLA is as good
+SHORTEST = 64  # below it a block of a kernel is mostly padding
+# Scores of fewer pairs of a query and a key, or of fewer bytes in all, stay in the vector memory between XLA's steps.
+PAIRS, SCORES = 512 * 512, 4 * 2**20
 WIDEST = 256
 _AMPERE, _HOPPER = (8, 0), (9, 0)
 
@@ -43,6 +46,18 @@ def unfit(
             lambda: f"heads must be 1 to {WIDEST} wide, they are {_widths(query, key, value)}",
         ),
         _about_mask(attn_mask, query, key, DTYPES),
+    )
+
+
+def small(query: Any, key: Any, *_args: Any, **_kwargs: Any) -> str | None:
+    """Why XLA serves a call as well as a kernel, which can; None if it does not."""
+    queries, keys = query.shape[2], key.shape[2]
+    scores = 4 * math.prod(query.shape[:2]) * queries * keys
+    if queries * keys >= PAIRS or scores >= SCORES:
+        return None
+    return (
+        f"the scores are small, {queries} by {keys} and {scores / 2**20:.2g} MiB in all: a kernel is worth it from 512 by 512 "
+        f"or {SCORES / 2**20:.0f} MiB on"
     )
 
 
@@ -146,9 +161,7 @@ def _unfit_shapes(
         ),
         (
             0 not in query.shape and query.shape[2] >= SHORTEST and key.shape[2] >= SHORTEST,
-            lambda: (
-                f"{query.shape[2]} queries and {key.shape[2]} keys are too few: from {SHORTEST} on a kernel is worth it"
-            ),
+            lambda: f"{query.shape[2]} queries and {key.shape[2]} keys are too few: a kernel takes {SHORTEST} or more",
         ),
     )
 
@@ -199,6 +212,7 @@ class Choice:
         kernel: what fits, in words.
         one: the same, where kernels have been spoken of.
         unfit_on_gpu: as `unfit`, of a kernel for GPUs, if there is one.
+        small: why ``"auto"`` leaves a call that a kernel for TPUs can serve to XLA; None if it does not.
 
     Attributes:
         on_tpu: of the lowering for TPUs.
@@ -214,8 +228,9 @@ class Choice:
         kernel: str = "a kernel",
         one: str = "one",
         unfit_on_gpu: Callable[..., str | None] | None = None,
+        small: Callable[..., str | None] = lambda *_args, **_kwargs: None,
     ):
-        self._name, self._unfit, self._unfit_on_gpu = name, unfit, unfit_on_gpu
+        self._name, self._unfit, self._unfit_on_gpu, self._small = name, unfit, unfit_on_gpu, small
         self.on_tpu = Condition(f"{kernel} fits", self._on_tpu)
         self.on_gpu = Condition("cuDNN's kernel fits", self._on_gpu)
         self.interpreted = Condition(f"kernels are interpreted and {one} fits", self._interpreted)
@@ -224,7 +239,8 @@ class Choice:
     def _on_tpu(self, *args: Any, **kwargs: Any) -> str | None:
         if mode() == "off":
             return "torchax.config.pallas is 'off'"
-        return self._unfit(*args, **kwargs)
+        reason = self._unfit(*args, **kwargs)
+        return self._small(*args, **kwargs) if reason is None and mode() == "auto" else reason
 
     def _on_gpu(self, *args: Any, **kwargs: Any) -> str | None:
         if mode() == "off":

@@ -6,12 +6,12 @@ from typing import Any
 
 from torchax.ops import aten, lowering
 
-from .conditions import Choice, KernelUnavailable, unfit, unfit_on_gpu
+from .conditions import Choice, KernelUnavailable, small, unfit, unfit_on_gpu
 from .settings import mode
 
 # The kernels are imported where they are used: Pallas takes longer to import than all of torchax.
 _SDPA = aten.scaled_dot_product_attention.default
-choice = Choice("scaled_dot_product_attention", unfit, unfit_on_gpu=unfit_on_gpu)
+choice = Choice("scaled_dot_product_attention", unfit, unfit_on_gpu=unfit_on_gpu, small=small)
 
 
 def scale_of(query: Any, scale: float | None) -> float:
