@@ -96,7 +96,11 @@ def test_transposed_convolution(c, data):
 def test_transposed_convolution_whose_windows_touch(c, dtype):
     assume(c["batch"] > 0)
     conv = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[c["rank"] - 1]
-    shapes = (c["batch"], c["channels"], *c["size"]), (c["channels"], c["out"] // c["groups"], *c["kernel"]), (c["out"],)
+    shapes = (
+        (c["batch"], c["channels"], *c["size"]),
+        (c["channels"], c["out"] // c["groups"], *c["kernel"]),
+        (c["out"],),
+    )
     draw = (lambda s: torch.randint(-5, 5, s)) if dtype is torch.int64 else lambda s: torch.randn(s, dtype=dtype)
     x, w, *rest = (draw(s) for s in (shapes if c["bias"] else shapes[:2]))
     tolerance = 2e-2 if dtype is torch.float16 else 1e-4
