@@ -1,13 +1,17 @@
 """Steps compiled by the real TPU compiler (libtpu), on a machine without a TPU."""
 
 import contextlib
+import functools
 import weakref
 
+import jax
+import jax.numpy as jnp
 import pytest
 import torch
 import torch.nn as nn
 from torchax import interop
 from torchax_interop._fit import collectives_of, kernels_of
+from torchax_interop._loops import Loops
 
 from helpers import train_step
 
@@ -225,6 +229,50 @@ def test_bad_input():
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_loops_count_with_all_their_passes():
+    def product(x, _):
+        return x @ x, None
+
+    def passes(x, _):
+        return jax.lax.scan(product, x, length=5)[0], None
+
+    def until(x):
+        return jax.lax.while_loop(lambda x: x[0, 0] > 7, lambda x: x @ x, x)
+
+    def loops(function):
+        program = jax.jit(function).lower(jnp.ones((64, 64))).compile()
+        return Loops(program.as_text() or ""), 2 * 64**3
+
+    nested, product_of_one = loops(lambda x: jax.lax.scan(passes, x, length=3)[0])
+    assert sorted(set(nested.times.values()) - {1}) == [3, 15]
+    assert _near(nested.later.flops, 14 * product_of_one)
+    unknown, _ = loops(until)
+    assert unknown.later.flops == 0 and set(unknown.times.values()) == {1}
+
+
+@pytest.mark.tpu_aot
+def test_scanned_layers_work_as_much_as_layers():
+    pytest.importorskip("libtpu")
+
+    def compiled(scanned):
+        with torch.device("meta"):
+            layers = nn.ModuleList(nn.TransformerEncoderLayer(256, 2, 512, 0.0, batch_first=True) for _ in range(3))
+        layers = interop.scan_layers(layers) if scanned else layers
+
+        def step(x):
+            y = layers(x) if scanned else functools.reduce(lambda y, layer: layer(y), layers, x)
+            y.float().square().mean().backward()
+
+        x = torch.empty(4, 512, 256, device="meta")
+        return interop.aot_compile(step, (x,), "v5e:2x2", shardings=interop.fsdp())
+
+    loop, flat = compiled(True), compiled(False)
+    assert abs(loop.flops / flat.flops - 1) < 0.05
+    assert loop.kernels == flat.kernels and set(flat.kernels.values()) == {3}
+    moved = lambda found: sum(c.bytes for c in found.collectives)
+    assert 0.9 < moved(loop) / moved(flat) < 1.5  # a third of it if a loop's body counted once
+
+
 def test_collectives_and_kernels_of_a_module():
     text = """\
 %all-reduce-scatter.5 (input.5: f32[64,8]) -> f32[16,8] {
@@ -244,11 +292,11 @@ ENTRY %main (a: bf16[4]) -> bf16[16] {
   %flash.4 = bf16[8]{0} custom-call(%a), custom_call_target="tpu_custom_call"
 }
 """
-    found = {c.kind: (c.count, c.bytes) for c in collectives_of(text)}
+    found = {c.kind: (c.count, c.bytes) for c in collectives_of(Loops(text))}
     assert found == {
         "all-gather": (1, 32),
         "all-reduce": (1, 17),
         "collective-permute": (1, 40),
         "reduce-scatter": (1, 2048),
     }
-    assert kernels_of(text) == {"flash": 2}
+    assert kernels_of(Loops(text)) == {"flash": 2}

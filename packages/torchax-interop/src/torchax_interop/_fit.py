@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from ._chips import Chip
+from ._loops import Loops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Collective:
 
     Attributes:
         kind: ``all-gather``, ``all-reduce``, ``reduce-scatter``, ``all-to-all``, ``collective-permute``.
-        count: how many are in the program; one in a loop counts once.
+        count: how many run in a step; see `AotCompiled.flops` for loops.
         bytes: size of their results on each device; of reduce-scatter, size of what is summed.
     """
 
@@ -47,10 +48,11 @@ class AotCompiled:
         temporary_bytes: what the program needs in between, at different times.
         peak_bytes: the most that it holds at one time, arguments and results included.
         code_bytes: the program itself.
-        flops: operations, as XLA counts them: a loop's body once, of kernels what they declare.
+        flops: operations, as XLA counts them, of kernels what they declare. A loop counts with all its passes where these are a
+            number (`scan_layers`, `torch.ops.higher_order.scan`), else once.
         bytes_accessed: bytes that operations read and write, counted so, too.
         collectives: what the devices send to each other.
-        kernels: name of each Pallas kernel -> how often it is called in the program.
+        kernels: name of each Pallas kernel -> how often it is called.
         largest: where the compiler found no room, the largest values that the program computes, as ``"float32[8, 16] of dot_general"`` ->
             bytes, on all chips together, before the compiler divides and fuses them.
         problem: what the compiler said if it does not fit.
@@ -114,7 +116,7 @@ def measured(
     """The report of a program that was compiled."""
     memory: Any = program.memory_analysis()
     cost: Any = program.cost_analysis() or {}
-    text = program.as_text() or ""
+    loops = Loops(program.as_text() or "")
     found = AotCompiled(
         topology,
         dict(mesh.shape),
@@ -128,10 +130,10 @@ def measured(
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=memory.peak_memory_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
-        flops=float(cost.get("flops", 0.0)) + flops_of_kernels(text),
-        bytes_accessed=float(cost.get("bytes accessed", 0.0)),
-        collectives=collectives_of(text),
-        kernels=kernels_of(text),
+        flops=float(cost.get("flops", 0.0)) + loops.later.flops + flops_of_kernels(loops),
+        bytes_accessed=float(cost.get("bytes accessed", 0.0)) + loops.later.bytes,
+        collectives=collectives_of(loops),
+        kernels=kernels_of(loops),
         compiled=program,
     )
     excess = (found.total_bytes or 0) - chip.hbm_bytes
@@ -212,26 +214,27 @@ _DECLARED = re.compile(
 _KERNEL = re.compile(r"%(?P<name>[\w.-]+) = .*custom_call_target=\"tpu_custom_call\"")
 
 
-def collectives_of(text: str) -> tuple[Collective, ...]:
-    """The collectives of an HLO module, by kind."""
-    found: dict[tuple[str, str], int] = {}
-    scattered = False
-    for line in text.splitlines():
-        if line[:1] not in (" ", "}", ""):  # a computation begins; TPUs sum and divide in one of this name
-            scattered = line.startswith("%all-reduce-scatter")
-        match = _COLLECTIVE.search(line)
-        if match is None:
-            continue
-        kind = "reduce-scatter" if scattered and match["kind"] == "all-reduce" else match["kind"]
-        parts = [_bytes_of(s) for s in _SHAPE.finditer(match["type"])]
-        # what starts one gives its operands, results and, for permutations, two counters
-        size = max(parts, default=0) if match["start"] else sum(parts)
-        channel = _CHANNEL.search(line)  # one that overlaps with computing is in several fusions
-        key = kind, channel[1] if channel else f"line {len(found)}"
-        found[key] = max(found.get(key, 0), size)
+def collectives_of(loops: Loops) -> tuple[Collective, ...]:
+    """The collectives that a run of an HLO module makes, by kind."""
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+    for name, part in loops.parts.items():
+        scattered = name.startswith("all-reduce-scatter")  # TPUs sum and divide in one of this name
+        for line in part.splitlines():
+            match = _COLLECTIVE.search(line)
+            if match is None:
+                continue
+            kind = "reduce-scatter" if scattered and match["kind"] == "all-reduce" else match["kind"]
+            sizes = [_bytes_of(s) for s in _SHAPE.finditer(match["type"])]
+            # what starts one gives its operands, results and, for permutations, two counters
+            size = max(sizes, default=0) if match["start"] else sum(sizes)
+            channel = _CHANNEL.search(line)  # one that overlaps with computing is in several fusions
+            key = kind, channel[1] if channel else f"line {len(found)}"
+            found[key] = max(found.get(key, (0, 0)), (size, loops.times[name]))
     kinds = sorted({kind for kind, _ in found})
-    sizes = {kind: [n for (k, _), n in found.items() if k == kind] for kind in kinds}
-    return tuple(Collective(kind, len(sizes[kind]), sum(sizes[kind])) for kind in kinds)
+    runs = {kind: [run for (k, _), run in found.items() if k == kind] for kind in kinds}
+    return tuple(
+        Collective(kind, sum(n for _, n in each), sum(size * n for size, n in each)) for kind, each in runs.items()
+    )
 
 
 def _bytes_of(shape: re.Match[str]) -> int:
@@ -239,19 +242,18 @@ def _bytes_of(shape: re.Match[str]) -> int:
     return elements if shape["bits"] is None else elements * int(shape["bits"]) // 8
 
 
-def flops_of_kernels(text: str) -> int:
+def flops_of_kernels(loops: Loops) -> int:
     """Operations of the kernels that declare them beside the program, since they tell the compiler none."""
-    return sum(int(m["flops"]) for m in _DECLARED.finditer(text))
+    return sum(loops.times[n] * int(m["flops"]) for n, part in loops.parts.items() for m in _DECLARED.finditer(part))
 
 
-def kernels_of(text: str) -> dict[str, int]:
-    """The Pallas kernels of an HLO module, by name."""
+def kernels_of(loops: Loops) -> dict[str, int]:
+    """The Pallas kernels of an HLO module, by name, and how often a run calls each."""
     found: dict[str, int] = {}
-    for line in text.splitlines():
-        match = _KERNEL.search(line)
-        if match is not None:
+    for part_name, part in loops.parts.items():
+        for match in filter(None, map(_KERNEL.search, part.splitlines())):
             name = re.sub(r"(\.(\d+|clone|remat\d*))+$", "", match["name"])
-            found[name] = found.get(name, 0) + 1
+            found[name] = found.get(name, 0) + loops.times[part_name]
     return found
 
 
