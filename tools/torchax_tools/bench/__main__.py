@@ -29,13 +29,14 @@ GROUPS = (
     "depth",
     "decode",
     "cold",
+    "presence",
     "tpu",
     "zoo",
 )
 
 
 def _group(name: str) -> Callable[[], Iterator[Row]]:
-    from . import calls, decode, depth, families, gpt, ops, startup, steps, tpu, train, zoo
+    from . import calls, decode, depth, families, gpt, ops, presence, startup, steps, tpu, train, zoo
 
     return {
         "import": startup.imports,
@@ -50,6 +51,7 @@ def _group(name: str) -> Callable[[], Iterator[Row]]:
         "depth": depth.depth,
         "decode": decode.decode,
         "cold": startup.cold,
+        "presence": presence.presence,
         "tpu": tpu.tpu,
         "zoo": zoo.zoo,
     }[name]

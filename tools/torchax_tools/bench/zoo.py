@@ -11,15 +11,17 @@ import jax
 import jax.numpy as jnp
 import torch
 import torch.nn as nn
-from torchax.interop import aot_compile
+from jax.sharding import NamedSharding, PartitionSpec
+from torchax.interop import aot_compile, fsdp
 
 from .by_hand import decoders, encoders, nets, pairs
 from .measure import Row, failed
 from .models import Reader, UNet
-from .topology import compared, compiled_for
+from .topology import chips, compared, compiled_for
 
 BATCH, LENGTH, VOCABULARY, LAYERS, WIDTH, HEADS = 2, 256, 512, 2, 256, 4
 _CHIP = "v5e:2x2"
+_DIVIDED = ("TransformerEncoder", "Llama")  # fully sharded, the batch over the same chips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +127,20 @@ def cases() -> Iterator[Case]:
         "GPT-2",
         _hugging_face(
             "GPT2LMHeadModel", "GPT2Config", vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=WIDTH, n_layer=LAYERS,
-            n_head=HEADS, **no_dropout,
+            n_head=HEADS, bos_token_id=1, eos_token_id=2, **no_dropout,
         ),
         lambda: (_tokens(),),
         functools.partial(decoders.gpt2, LAYERS, HEADS),
+        _logits,
+    )  # fmt: skip
+    yield Case(
+        "Mamba",
+        _hugging_face(
+            "MambaForCausalLM", "MambaConfig", vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ),
+        lambda: (_tokens(16),),
+        functools.partial(decoders.mamba, LAYERS),
         _logits,
     )  # fmt: skip
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -193,15 +205,17 @@ def as_jax_users(inputs: tuple[torch.Tensor, ...]) -> list[jax.Array]:
 
 
 def zoo() -> Iterator[Row]:
-    """Mean square of the result and gradients of all parameters, compiled for one v5e chip."""
+    """Mean square of the result and gradients of all parameters, compiled for one v5e chip; of `_DIVIDED` for two, too."""
     for case in cases():
-        try:
-            yield from _compared(case)
-        except Exception as error:
-            yield failed("zoo", case.name, error)
+        for n in (1, 2) if case.name in _DIVIDED else (1,):
+            title = case.name if n == 1 else f"{case.name}, {n} chips"
+            try:
+                yield from _compared(case, title, n)
+            except Exception as error:
+                yield failed("zoo", title, error)
 
 
-def _compared(case: Case) -> Iterator[Row]:
+def _compared(case: Case, title: str, n: int) -> Iterator[Row]:
     torch.manual_seed(0)
     model, inputs = case.build().train(), case.inputs()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -210,11 +224,26 @@ def _compared(case: Case) -> Iterator[Row]:
         loss = case.call(model, *inputs).square().mean()
         return loss, torch.autograd.grad(loss, parameters)
 
-    @jax.jit
+    named = list(model.named_parameters())
+    trained, fixed = (arrays((n, p) for n, p in named if p.requires_grad is kind) for kind in (True, False))
+    mesh = chips(_CHIP, n)
+    layout = {name: _divided(a.shape, n) for name, a in trained.items()}
+    placed = {name: NamedSharding(mesh, spec) for name, spec in layout.items()}
+
+    @functools.partial(jax.jit, out_shardings=(None, placed))
     def by_hand(trained: dict[str, jax.Array], fixed: dict[str, jax.Array], *inputs: jax.Array) -> Any:
         return jax.value_and_grad(lambda w: jnp.square(case.by_hand({**w, **fixed}, *inputs)).mean())(trained)
 
-    ours = aot_compile(step, inputs, _CHIP, mesh={"data": 1})
-    named = list(model.named_parameters())
-    weights = [arrays((n, p) for n, p in named if p.requires_grad is kind) for kind in (True, False)]
-    yield from compared("zoo", case.name, ours, compiled_for(by_hand, (*weights, *as_jax_users(inputs)), _CHIP), "JAX")
+    ours = aot_compile(step, inputs, _CHIP, mesh={"data": n}, shardings=None if n == 1 else fsdp(min_size=1))
+    given = as_jax_users(inputs)
+    specs = (layout, PartitionSpec(), *(PartitionSpec("data" if n > 1 else None) for _ in given))
+    yield from compared("zoo", title, ours, compiled_for(by_hand, (trained, fixed, *given), mesh, specs), "JAX")
+
+
+def _divided(shape: tuple[int, ...], n: int) -> PartitionSpec:
+    """As `fsdp` divides a parameter: the largest dimension that the chips divide evenly."""
+    fitting = [i for i, size in enumerate(shape) if size % n == 0] if n > 1 else []
+    if not fitting:
+        return PartitionSpec()
+    chosen = max(fitting, key=lambda i: shape[i])
+    return PartitionSpec(*("data" if i == chosen else None for i in range(len(shape))))

@@ -12,6 +12,7 @@ from .parts import (
     Weights,
     attend,
     causal,
+    conv,
     join_heads,
     layer_norm,
     linear,
@@ -100,3 +101,36 @@ def gpt2(layers: int, heads: int, w: Weights, tokens: jax.Array) -> jax.Array:
         y = jax.nn.gelu(layer(name + "mlp.c_fc", layer_norm(w, name + "ln_2", x)))
         x = x + layer(name + "mlp.c_proj", y)
     return layer_norm(w, "transformer.ln_f", x) @ w["transformer.wte.weight"].T
+
+
+def mamba(layers: int, w: Weights, tokens: jax.Array) -> jax.Array:
+    """Mamba (https://arxiv.org/abs/2312.00752)."""
+    x = w["backbone.embeddings.weight"][tokens]
+    for i in range(layers):
+        name = f"backbone.layers.{i}."
+        x = x + _selective_scan(w, name + "mixer.", rms_norm(w, name + "norm", x, 1e-5))
+    return rms_norm(w, "backbone.norm_f", x, 1e-5) @ w["backbone.embeddings.weight"].T
+
+
+def _selective_scan(w: Weights, name: str, x: jax.Array) -> jax.Array:
+    h, gate = jnp.split(linear(w, name + "in_proj", x), 2, -1)
+    (width, states), length = w[name + "A_log"].shape, x.shape[1]
+    reach = w[name + "conv1d.weight"].shape[2] - 1
+    h = conv(w, name + "conv1d", h.swapaxes(1, 2), 1, reach, groups=width)[..., :length].swapaxes(1, 2)
+    h = jax.nn.silu(h)
+    rank = w[name + "dt_proj.weight"].shape[1]
+    pace, into, out_of = jnp.split(linear(w, name + "x_proj", h), [rank, rank + states], -1)
+    pace = jax.nn.softplus(linear(w, name + "dt_proj", pace))
+    kept = jnp.exp(-jnp.exp(w[name + "A_log"]) * pace[..., None])  # [batch, length, width, states]
+    new = pace[..., None] * into[:, :, None] * h[..., None]
+
+    def step(state: jax.Array, given: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        kept, new, out_of = given
+        state = kept * state + new
+        return state, jnp.einsum("bds,bs->bd", state, out_of)
+
+    over_time = tuple(a.swapaxes(0, 1) for a in (kept, new, out_of))
+    # one after the other, as the loop of `transformers` is: the compiler counts a loop's work once
+    _, y = jax.lax.scan(step, jnp.zeros_like(new[:, 0]), over_time, unroll=length)
+    y = (y.swapaxes(0, 1) + h * w[name + "D"]) * jax.nn.silu(gate)
+    return linear(w, name + "out_proj", y)
