@@ -50,10 +50,11 @@ def compared(group: str, name: str, ours: AotCompiled, theirs: Any, against: str
     """Rows of both programs' flops, bytes, memory, transposes and copies, and what the chips send to each other, if they do."""
     cost = theirs.cost_analysis()
     text, other_text = ours.compiled.as_text() or "", theirs.as_text() or ""
-    sent = sum(c.bytes for c in ours.collectives), sum(c.bytes for c in collectives_of(Loops(other_text)))
+    loops = Loops(other_text)
+    sent = sum(c.bytes for c in ours.collectives), sum(c.bytes for c in collectives_of(loops))
     rows: dict[str, tuple[float, float]] = {
-        "flops": (ours.flops or 0, cost["flops"]),  # what kernels do included
-        "bytes": (ours.bytes_accessed or 0, cost["bytes accessed"]),
+        "flops": (ours.flops or 0, cost["flops"] + loops.later.flops),  # what kernels do included
+        "bytes": (ours.bytes_accessed or 0, cost["bytes accessed"] + loops.later.bytes),
         "memory": (_memory(ours.compiled), _memory(theirs)),
         "transposes, copies": (_moves(text), _moves(other_text)),
         **({"collectives' bytes": sent} if any(sent) else {}),
