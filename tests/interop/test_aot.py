@@ -246,6 +246,8 @@ def test_loops_count_with_all_their_passes():
     nested, product_of_one = loops(lambda x: jax.lax.scan(passes, x, length=3)[0])
     assert sorted(set(nested.times.values()) - {1}) == [3, 15]
     assert _near(nested.later.flops, 14 * product_of_one)
+    counted = lambda x: jax.lax.while_loop(lambda c: c[0] < 7, lambda c: (c[0] + 2, c[1] @ c[1]), (0, x))
+    assert _near(loops(counted)[0].later.flops, 3 * product_of_one)  # 0, 2, 4, 6
     unknown, _ = loops(until)
     assert unknown.later.flops == 0 and set(unknown.times.values()) == {1}
 

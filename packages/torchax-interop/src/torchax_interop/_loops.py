@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from typing import NamedTuple
@@ -16,6 +17,7 @@ _WHILE = re.compile(r" while\([^\n]*?condition=%(?P<condition>[\w.-]+), body=%(?
 _CALLED = re.compile(r"(?:calls|to_apply|(?:true|false)_computation)=%([\w.-]+)|branch_computations=\{([^}]*)\}")
 _TYPED = re.compile(r"%(?P<name>[\w.-]+) = (?P<kind>[a-z]+)\d*\[")
 _COMPARED = re.compile(r" compare\(%(?P<operand>[\w.-]+)")
+_ROOT = re.compile(r"ROOT %\S+ = \(.*\) tuple\(([^)]*)\)")
 _BOUND = re.compile(r"= [su](?:32|64)\[\]\S* constant\((\d+)\)")
 
 
@@ -29,8 +31,8 @@ class Work(NamedTuple):
 class Loops:
     """The computations of an HLO module, and how often a run of it runs each.
 
-    A loop has as many passes as its counter is compared with, as those of `jax.lax.scan` have, and those of `fori_loop`
-    that begin at zero. One that ends by other values counts once.
+    A loop counts from zero, in steps that its body adds, to the number that its condition compares with, as those of
+    `jax.lax.scan` do, and those that XLA makes of products with gathered operands. One that ends by other values counts once.
 
     Args:
         text: of the module.
@@ -53,7 +55,8 @@ class Loops:
 
     def _count(self, entry: str) -> None:
         loops = {
-            n: [(w["body"], self._passes(w["condition"])) for w in _WHILE.finditer(p)] for n, p in self.parts.items()
+            name: [(w["body"], self._passes(w["condition"], w["body"])) for w in _WHILE.finditer(part)]
+            for name, part in self.parts.items()
         }
         calls = {
             name: [
@@ -73,11 +76,28 @@ class Loops:
                 once = self._alone(body) if again else Work()
                 self.later = Work(self.later.flops + again * once.flops, self.later.bytes + again * once.bytes)
 
-    def _passes(self, condition: str) -> int:
+    def _passes(self, condition: str, body: str) -> int:
         text = self.parts.get(condition, "")
         kinds = {t["name"]: t["kind"] for t in _TYPED.finditer(text)}
-        counted = all(kinds.get(c["operand"]) in ("s", "u") for c in _COMPARED.finditer(text))
-        return max((int(n) for n in _BOUND.findall(text)), default=1) or 1 if counted else 1
+        compared = [c["operand"] for c in _COMPARED.finditer(text)]
+        bound = max((int(n) for n in _BOUND.findall(text)), default=0)
+        if not bound or any(kinds.get(name) not in ("s", "u") for name in compared):
+            return 1
+        return math.ceil(bound / (self._step(text, compared[0], body) if len(compared) == 1 else 1))
+
+    def _step(self, condition: str, counter: str, body: str) -> int:
+        """What a pass adds to the counter; 1 if it cannot be read off, as of counters that are two words."""
+        text = self.parts.get(body, "")
+        index = re.search(rf"%{re.escape(counter)} = \S+ get-tuple-element\([^)]*\), index=(\d+)", condition)
+        root = _ROOT.search(text)
+        if index is None or root is None:
+            return 1
+        new = re.findall(r"%([^\s,]+)", root[1])[int(index[1])]
+        added = re.search(rf"%{re.escape(new)} = \S+ add\(%([^\s,]+), %([^\s,)]+)\)", text)
+        for name in added.groups() if added else ():
+            if constant := re.search(rf"%{re.escape(name)} = \S+ constant\((\d+)\)", text):
+                return int(constant[1]) or 1
+        return 1
 
     def _alone(self, name: str) -> Work:
         """XLA's analysis of a computation, without that of loops in it."""
