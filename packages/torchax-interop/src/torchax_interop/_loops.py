@@ -8,9 +8,7 @@ import warnings
 from typing import NamedTuple
 
 import jax
-
-# the analysis behind `jax.stages.Compiled.cost_analysis`, for a part of a program
-from jaxlib import _hlo, _jax  # pyright: ignore[reportAttributeAccessIssue]
+from jax._src.lib import _jax, hlo  # the analysis behind `jax.stages.Compiled.cost_analysis`, for a part of a program
 
 _BEGIN = re.compile(r"^(?P<entry>ENTRY )?%(?P<name>[^\s(]+) \(", re.MULTILINE)
 _WHILE = re.compile(r" while\([^\n]*?condition=%(?P<condition>[\w.-]+), body=%(?P<body>[\w.-]+)")
@@ -108,7 +106,7 @@ class Loops:
     def _analysed(self, name: str) -> Work:
         text = self._text.replace("\nENTRY %", "\n%").replace(f"\n%{name} (", f"\nENTRY %{name} (", 1)
         try:
-            module = _hlo.hlo_module_from_text(f"HloModule part\n{text}")
+            module = hlo.hlo_module_from_text(f"HloModule part\n{text}")
         except RuntimeError as error:  # an instruction of a compiler of another version, which JAX cannot read
             warnings.warn(f"the passes of a loop count once, since JAX cannot read it: {error}", stacklevel=2)
             return Work()
