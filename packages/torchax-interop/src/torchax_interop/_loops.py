@@ -8,7 +8,9 @@ import warnings
 from typing import NamedTuple
 
 import jax
-from jax._src.lib import _jax, hlo  # the analysis behind `jax.stages.Compiled.cost_analysis`, for a part of a program
+
+# the analysis behind `jax.stages.Compiled.cost_analysis`, for a part of a program
+from jax._src.lib import _jax, hlo  # pyright: ignore[reportAttributeAccessIssue]
 
 _BEGIN = re.compile(r"^(?P<entry>ENTRY )?%(?P<name>[^\s(]+) \(", re.MULTILINE)
 _WHILE = re.compile(r" while\([^\n]*?condition=%(?P<condition>[\w.-]+), body=%(?P<body>[\w.-]+)")
