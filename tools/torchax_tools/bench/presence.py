@@ -11,6 +11,7 @@ import torchax
 from torchax import plugins
 
 from .measure import Row, failed, times
+from .steps import torch_step
 
 
 def _cases() -> dict[str, Callable[[], torch.Tensor]]:
@@ -25,15 +26,8 @@ def _cases() -> dict[str, Callable[[], torch.Tensor]]:
     )
     layer = nn.TransformerEncoderLayer(64, 4, 128, 0.0, batch_first=True).to("jax")
     tokens = torch.randn(2, 64, 64, device="jax")
-    optimizer = torch.optim.SGD(layer.parameters(), 1e-3)
-
-    @torchax.compile
-    def step(tokens: torch.Tensor) -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = layer(tokens).square().mean()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+    labels = torch.randint(0, 64, (2, 64), device="jax")
+    step = torchax.compile(torch_step(layer, torch.optim.SGD(layer.parameters(), 1e-3)))
 
     return {
         "a + b": lambda: a + b,
@@ -41,7 +35,7 @@ def _cases() -> dict[str, Callable[[], torch.Tensor]]:
         "attention": lambda: F.scaled_dot_product_attention(q, k, v),
         "causal attention with a gradient": lambda: _pulled(q, k, v),
         "grouped_mm": lambda: F.grouped_mm(x, matrices, offs=ends),
-        "a compiled step of an encoder layer": lambda: step(tokens),
+        "a compiled step of an encoder layer": lambda: step(tokens, labels),
     }
 
 

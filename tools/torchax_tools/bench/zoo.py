@@ -225,7 +225,7 @@ def _compared(case: Case, title: str, n: int) -> Iterator[Row]:
         return loss, torch.autograd.grad(loss, parameters)
 
     named = list(model.named_parameters())
-    trained, fixed = (arrays((n, p) for n, p in named if p.requires_grad is kind) for kind in (True, False))
+    trained, fixed = (arrays((k, p) for k, p in named if p.requires_grad is kind) for kind in (True, False))
     mesh = chips(_CHIP, n)
     layout = {name: _divided(a.shape, n) for name, a in trained.items()}
     placed = {name: NamedSharding(mesh, spec) for name, spec in layout.items()}

@@ -90,9 +90,8 @@ class Guards:
             if any(s.sharding != sharding for s, sharding in self.pinned):
                 return "a tensor that the function uses was laid out anew over devices"
             self.epoch = pins.epoch
-        if not self.unchanged(
-            *self.differentiated
-        ):  # not by the mark: a function may cease to require a gradient unmarked
+        # not by the mark: a function may cease to require a gradient unmarked
+        if not self.unchanged(*self.differentiated):
             with plain_attributes():
                 if list(map(_requires_grad_of, self.differentiated)) != self.requires_grad:
                     return "requires_grad of a parameter was changed"

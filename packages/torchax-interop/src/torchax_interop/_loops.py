@@ -69,12 +69,14 @@ class Loops:
             for called, passes in [*loops[name], *((c, 1) for c in calls[name])]:
                 times[called] = times.get(called, 0) + passes * times[name]
         self.times.update({name: n for name, n in times.items() if n})
+        bodies = {body: self._analysed(body) for inside in loops.values() for body, _ in inside}
         for name, inside in loops.items():
             for body, passes in inside:
                 # all runs but one for each time that this loop is there: XLA sees a body that is inside of another once, too
                 again = self.times[name] * passes - 1
-                once = self._alone(body) if again else Work()
-                self.later = Work(self.later.flops + again * once.flops, self.later.bytes + again * once.bytes)
+                parts = [bodies[body], *(Work(-w.flops, -w.bytes) for w in (bodies[inner] for inner, _ in loops[body]))]
+                flops, size = (sum(part[i] for part in parts) for i in (0, 1))
+                self.later = Work(self.later.flops + again * flops, self.later.bytes + again * size)
 
     def _passes(self, condition: str, body: str) -> int:
         text = self.parts.get(condition, "")
@@ -99,13 +101,8 @@ class Loops:
                 return int(constant[1]) or 1
         return 1
 
-    def _alone(self, name: str) -> Work:
-        """XLA's analysis of a computation, without that of loops in it."""
-        whole = self._analysed(name)
-        inner = [self._analysed(w["body"]) for w in _WHILE.finditer(self.parts[name])]
-        return Work(whole.flops - sum(w.flops for w in inner), whole.bytes - sum(w.bytes for w in inner))
-
     def _analysed(self, name: str) -> Work:
+        """XLA's analysis of a computation, loops in it counted once."""
         text = self._text.replace("\nENTRY %", "\n%").replace(f"\n%{name} (", f"\nENTRY %{name} (", 1)
         try:
             module = hlo.hlo_module_from_text(f"HloModule part\n{text}")

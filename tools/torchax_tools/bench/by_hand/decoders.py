@@ -130,7 +130,7 @@ def _selective_scan(w: Weights, name: str, x: jax.Array) -> jax.Array:
         return state, jnp.einsum("bds,bs->bd", state, out_of)
 
     over_time = tuple(a.swapaxes(0, 1) for a in (kept, new, out_of))
-    # one after the other, as the loop of `transformers` is: the compiler counts a loop's work once
+    # one operation after the other, as the loop of `transformers` is written out when it is traced
     _, y = jax.lax.scan(step, jnp.zeros_like(new[:, 0]), over_time, unroll=length)
     y = (y.swapaxes(0, 1) + h * w[name + "D"]) * jax.nn.silu(gate)
     return linear(w, name + "out_proj", y)
